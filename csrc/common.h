@@ -1,0 +1,214 @@
+// What every kernel here shares: strided features, 64-byte vectors, and conversion from and to the
+// storage types. No Python, no Torch: the callers pass addresses, shapes and strides they have checked.
+//
+// A kernel's source is compiled once per instruction set (see isa.h), so everything below lives in an
+// anonymous namespace: with internal linkage the linker can never hand one build's code to another.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace maskd {
+
+enum class DType : int { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
+
+// A feature map seen as [N, C, P]. Strides count elements. Exactly one axis is dense: pixels
+// (stride_p == 1, "planar": NCHW) or channels (stride_c == 1, "interleaved": channels-last, token sequences).
+struct Feature {
+  void* data = nullptr;  // nullptr: absent
+  DType dtype = DType::float32;
+  int64_t stride_n = 0, stride_c = 0, stride_p = 0;
+
+  __attribute__((always_inline)) bool present() const { return data != nullptr; }
+};
+
+namespace {
+
+#define MASKD_INLINE inline __attribute__((always_inline))
+
+constexpr int64_t kVectorBytes = 64;
+
+template <typename T>
+constexpr int64_t kLanes = kVectorBytes / int64_t(sizeof(T));
+
+template <typename T>
+struct VectorTypes {
+  typedef T Aligned __attribute__((vector_size(64)));
+  typedef T Unaligned __attribute__((vector_size(64), aligned(alignof(T)), may_alias));
+};
+template <typename T>
+using Vec = typename VectorTypes<T>::Aligned;
+template <typename T>
+using UnalignedVec = typename VectorTypes<T>::Unaligned;
+
+template <typename T>
+MASKD_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const UnalignedVec<T>*>(p);
+}
+
+template <typename T>
+MASKD_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<UnalignedVec<T>*>(p) = v;
+}
+
+template <typename T>
+MASKD_INLINE T horizontal_sum(Vec<T> v) {
+  T lanes[kLanes<T>];
+  store<T>(lanes, v);
+  for (int64_t half = kLanes<T> / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// 1 / (1 + exp(-x)). exp by the Cephes polynomial: below 2 units in the last place over the clamped range, NaN kept.
+MASKD_INLINE Vec<float> sigmoid(Vec<float> x) {
+  typedef int32_t IntVec __attribute__((vector_size(64)));
+  Vec<float> y = -x;
+  y = y > 88.3f ? 88.3f - Vec<float>{} : y;
+  y = y < -87.3f ? -87.3f - Vec<float>{} : y;
+  const float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const Vec<float> n = (y * 1.44269504088896341f + to_integer) - to_integer;
+  Vec<float> r = y - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec<float> poly = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  poly = poly * r + 8.3334519073e-3f;
+  poly = poly * r + 4.1665795894e-2f;
+  poly = poly * r + 1.6666665459e-1f;
+  poly = poly * r + 5.0000001201e-1f;
+  poly = poly * r * r + r + 1.0f;
+  const IntVec exponent = (__builtin_convertvector(n, IntVec) + 127) << 23;
+  return 1.0f / (1.0f + poly * reinterpret_cast<Vec<float>>(exponent));
+}
+
+MASKD_INLINE Vec<double> sigmoid(Vec<double> x) {
+  for (int64_t i = 0; i < kLanes<double>; ++i) x[i] = 1.0 / (1.0 + std::exp(-x[i]));
+  return x;
+}
+
+MASKD_INLINE float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+MASKD_INLINE uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+MASKD_INLINE float half_to_float(uint16_t h) {
+  const uint32_t magnitude = (h & 0x7fffu) << 13;
+  const uint32_t infinite_or_nan = (h & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
+  const float scaled = bits_to_float(magnitude) * bits_to_float(0x77800000u);  // times 2^112: moves the exponent's bias
+  return bits_to_float(float_to_bits(scaled) | infinite_or_nan | uint32_t(h & 0x8000u) << 16);
+}
+
+MASKD_INLINE uint16_t float_to_half(float value) {  // round to nearest, ties to even
+  const uint32_t bits = float_to_bits(value), sign = bits & 0x80000000u, magnitude = bits ^ sign;
+  const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;  // exponent rebiased by -112
+  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t half = magnitude >= 0x47800000u ? special : magnitude < 0x38800000u ? subnormal : normal;
+  return uint16_t(half | sign >> 16);
+}
+
+MASKD_INLINE float bfloat_to_float(uint16_t b) { return bits_to_float(uint32_t(b) << 16); }
+
+MASKD_INLINE uint16_t float_to_bfloat(float value) {  // round to nearest, ties to even
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+MASKD_INLINE int64_t size_of(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+template <typename T>
+constexpr DType kDType = sizeof(T) == 8 ? DType::float64 : DType::float32;
+
+// `count` consecutive elements from `offset` on as T: the memory itself where it already holds T, else converted into `buffer`.
+// float64 is only ever met with T = double (the callers convert mixed inputs first).
+template <typename T>
+MASKD_INLINE const T* read_run(const Feature& feature, int64_t offset, int64_t count, T* buffer) {
+  if (feature.dtype == kDType<T>) return static_cast<const T*>(feature.data) + offset;
+  const uint16_t* source = static_cast<const uint16_t*>(feature.data) + offset;
+  if (feature.dtype == DType::float16) {
+    for (int64_t i = 0; i < count; ++i) buffer[i] = T(half_to_float(source[i]));
+  } else {
+    for (int64_t i = 0; i < count; ++i) buffer[i] = T(bfloat_to_float(source[i]));
+  }
+  return buffer;
+}
+
+// Copies past the caches (non-temporal stores): for a large result that nobody reads soon, so that it is
+// neither read before it is written nor displaces what is still needed.
+MASKD_INLINE void stream_bytes(void* destination, const void* source, int64_t bytes) {
+#if defined(__SSE2__)
+  char* to = static_cast<char*>(destination);
+  const char* from = static_cast<const char*>(source);
+  int64_t head = -reinterpret_cast<intptr_t>(to) & (kVectorBytes - 1);
+  if (head > bytes) head = bytes;
+  std::memcpy(to, from, size_t(head));
+  int64_t i = head;
+  for (; i + kVectorBytes <= bytes; i += kVectorBytes) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+#else
+    for (int part = 0; part < 64; part += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i + part),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i + part)));
+#endif
+  }
+  std::memcpy(to + i, from + i, size_t(bytes - i));
+#else
+  std::memcpy(destination, source, size_t(bytes));
+#endif
+}
+
+MASKD_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// Writes `count` elements to `feature` from `offset` on. `values` may be overwritten.
+template <typename T>
+MASKD_INLINE void write_run(const Feature& feature, int64_t offset, int64_t count, T* values, bool stream) {
+  const int64_t bytes = count * size_of(feature.dtype);
+  char* destination = static_cast<char*>(feature.data) + offset * size_of(feature.dtype);
+  const void* source = values;
+  uint16_t narrow[512];
+  if (feature.dtype != kDType<T>) {
+    // Converted piecewise, so that the staging buffer stays small whatever the run's length.
+    for (int64_t start = 0; start < count; start += 512) {
+      const int64_t length = count - start < 512 ? count - start : 512;
+      if (feature.dtype == DType::float16) {
+        for (int64_t i = 0; i < length; ++i) narrow[i] = float_to_half(float(values[start + i]));
+      } else {
+        for (int64_t i = 0; i < length; ++i) narrow[i] = float_to_bfloat(float(values[start + i]));
+      }
+      if (stream) {
+        stream_bytes(destination + start * 2, narrow, length * 2);
+      } else {
+        std::memcpy(destination + start * 2, narrow, size_t(length * 2));
+      }
+    }
+    return;
+  }
+  if (stream) {
+    stream_bytes(destination, source, bytes);
+  } else {
+    std::memcpy(destination, source, size_t(bytes));
+  }
+}
+
+}  // namespace
+}  // namespace maskd

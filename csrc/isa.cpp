@@ -1,0 +1,32 @@
+#include "isa.h"
+
+namespace maskd {
+namespace {
+
+#define MASKD_KERNELS(isa) \
+  { #isa, isa::receptive_forward, isa::receptive_backward, isa::streaming_difference }
+
+const Kernels kBuilds[] = {
+#if defined(__x86_64__)
+    MASKD_KERNELS(avx512),
+    MASKD_KERNELS(avx2),
+#endif
+    MASKD_KERNELS(baseline),
+};
+constexpr int kCount = sizeof(kBuilds) / sizeof(kBuilds[0]);
+
+}  // namespace
+
+const Kernels* available_kernels(int* count) {
+  int first = 0;
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  first = avx512 ? 0 : avx2 ? 1 : 2;
+#endif
+  *count = kCount - first;
+  return kBuilds + first;
+}
+
+}  // namespace maskd

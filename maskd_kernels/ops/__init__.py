@@ -1,0 +1,1 @@
+"""One file per operator: schema, fake, autograd and the choice of backend."""

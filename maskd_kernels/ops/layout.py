@@ -1,0 +1,48 @@
+"""Feature maps as strided ``[N, C, P]`` views: NCHW, channels-last and token sequences alike, without a copy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Feature(NamedTuple):
+    """A ``[N, C, P]`` view with one dense axis: pixels, or channels where ``interleaved``."""
+
+    view: Tensor
+    interleaved: bool
+
+
+def dense_view(x: Tensor) -> Feature:  # x: [N, C, *spatial]
+    """The features with the pixel axes merged. Copies only what strides cannot express (slices, expanded pixels)."""
+    n, c, pixels = x.shape[0], x.shape[1], x.shape[2:].numel()
+    try:
+        flat = x.view(n, c, pixels)
+    except RuntimeError:
+        flat = x.contiguous().view(n, c, pixels)
+    if is_interleaved(flat):
+        return Feature(flat if flat.stride(1) == 1 else flat.contiguous(), True)
+    return Feature(flat if flat.stride(2) == 1 else flat.contiguous(), False)
+
+
+def is_interleaved(flat: Tensor) -> bool:  # flat: [N, C, P]
+    """Whether the channels of a pixel lie side by side. A single pixel is read that way whatever its strides."""
+    return flat.shape[2] == 1 or (flat.shape[1] > 1 and flat.stride(1) == 1 and flat.stride(2) != 1)
+
+
+def with_layout(feature: Feature, interleaved: bool) -> Feature:
+    """The same values with this axis dense."""
+    if feature.interleaved == interleaved:
+        return feature
+    if interleaved:
+        return Feature(feature.view.mT.contiguous().mT, True)
+    return Feature(feature.view.contiguous(), False)
+
+
+def empty_gradient(x: Tensor, interleaved: bool) -> Tensor:  # [N, C, *spatial]
+    """Memory for the gradient of ``x``, with this axis dense."""
+    if interleaved:
+        return x.new_empty(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -1,0 +1,274 @@
+"""Operator ``receptive_stats``: everything the MasKD losses need of the features, in one pass.
+
+One call takes all levels of a feature pyramid. The statistics and their gradients are defined, and
+computed slowly, by ``maskd_kernels.reference``; here are the operator's schema, its shapes for tracing,
+its autograd rule, and the calls into the native and Triton kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskd_kernels import backends, native, reference
+from maskd_kernels.ops import layout
+from maskd_kernels.reference import BORDER_SUMS, ReceptiveStats, compute_dtype
+
+_NAME = "maskd_kernels::receptive_stats"
+_BACKWARD_NAME = "maskd_kernels::receptive_stats_backward"
+
+torch.library.define(
+    _NAME,
+    "(Tensor[] teacher, Tensor[] tokens, Tensor[] student, Tensor? customize, bool sums)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    _BACKWARD_NAME,
+    "(Tensor[] teacher, Tensor[] tokens, Tensor[] student, Tensor[] saved, Tensor?[] grad, bool[] needs) -> Tensor[]",
+)
+
+
+def receptive_stats(
+    teacher: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    student: Sequence[Tensor] = (),
+    customize: Tensor | None = None,
+    sums: bool = False,
+) -> ReceptiveStats:
+    """The statistics of all levels. The caller has validated shapes, dtypes and devices (``functional``).
+
+    Args:
+        teacher: ``L`` levels of ``[N, C, *spatial]``; float32, float16, bfloat16, or all inputs float64.
+        tokens: ``L`` tensors ``[K, C]`` in the compute dtype (float32, or float64 for float64 features); or
+            none: only ``distance`` and ``sums`` carry information then.
+        student: like ``teacher``, or none; its floating dtype may differ.
+        customize: 0-dim bool on the features' device: whether masks are multiplied by the student's own. None: never.
+        sums: whether the border sums are wanted.
+
+    Returns:
+        ``ReceptiveStats``; differentiable in every field but ``teacher_masks``.
+    """
+    return ReceptiveStats(*torch.ops.maskd_kernels.receptive_stats(teacher, tokens, student, customize, sums))
+
+
+def _empty_stats(
+    teacher: Sequence[Tensor], tokens: Sequence[Tensor], student: Sequence[Tensor], customized: bool, sums: bool
+) -> ReceptiveStats:
+    """Memory for the results; also the shapes that tracing sees."""
+    dtype = compute_dtype(teacher[0].dtype)
+    levels, n, k = len(teacher), teacher[0].shape[0], tokens[0].shape[0] if tokens else 0
+    pixels, channels = sum(t.shape[2:].numel() for t in teacher), sum(t.shape[1] for t in teacher)
+
+    def empty(*shape: int, wanted: bool = True) -> Tensor:
+        return teacher[0].new_empty(shape if wanted else (0,), dtype=dtype)
+
+    return ReceptiveStats(
+        masks=empty(n, k, pixels),
+        teacher_masks=empty(n, k, pixels, wanted=customized),
+        distance=empty(n, pixels, wanted=bool(student)),
+        mass=empty(levels, n, k),
+        error=empty(levels, n, k, wanted=bool(student)),
+        gram=empty(levels, n, k, k),
+        sums=empty(n, BORDER_SUMS, channels, wanted=sums),
+    )
+
+
+@torch.library.register_fake(_NAME)
+def _fake(
+    teacher: list[Tensor], tokens: list[Tensor], student: list[Tensor], customize: Tensor | None, sums: bool
+) -> tuple[Tensor, ...]:
+    return tuple(_empty_stats(teacher, tokens, student, customize is not None, sums))
+
+
+@torch.library.impl(_NAME, "CompositeExplicitAutograd")
+def _forward(
+    teacher: list[Tensor], tokens: list[Tensor], student: list[Tensor], customize: Tensor | None, sums: bool
+) -> tuple[Tensor, ...]:
+    backend = backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype))
+    if backend == "reference":
+        return tuple(reference.receptive_stats(teacher, tokens, student, customize, sums))
+    out = _empty_stats(teacher, tokens, student, customize is not None, sums)
+    if backend == "native":
+        _native_forward(teacher, tokens, student, customize, out)
+    else:
+        from maskd_kernels.triton import receptive_stats as kernels
+
+        kernels.forward(teacher, tokens, student, customize, out)
+    return tuple(out)
+
+
+def _empty_gradients(
+    teacher: Sequence[Tensor], tokens: Sequence[Tensor], student: Sequence[Tensor], needs: Sequence[bool]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    interleaved = [layout.dense_view(x).interleaved for x in (student or teacher)]
+    return (
+        [layout.empty_gradient(t, dense) for t, dense in zip(teacher, interleaved, strict=True)] if needs[0] else [],
+        [torch.empty_like(e, memory_format=torch.contiguous_format) for e in tokens] if needs[1] else [],
+        [layout.empty_gradient(s, dense) for s, dense in zip(student, interleaved, strict=True)] if needs[2] else [],
+    )
+
+
+@torch.library.register_fake(_BACKWARD_NAME)
+def _backward_fake(
+    teacher: list[Tensor],
+    tokens: list[Tensor],
+    student: list[Tensor],
+    saved: list[Tensor],
+    grad: list[Tensor | None],
+    needs: list[bool],
+) -> list[Tensor]:
+    grad_teacher, grad_tokens, grad_student = _empty_gradients(teacher, tokens, student, needs)
+    return grad_teacher + grad_tokens + grad_student
+
+
+@torch.library.impl(_BACKWARD_NAME, "CompositeExplicitAutograd")
+def _backward(
+    teacher: list[Tensor],
+    tokens: list[Tensor],
+    student: list[Tensor],
+    saved: list[Tensor],  # the fields of ReceptiveStats
+    grad: list[Tensor | None],  # likewise, upstream
+    needs: list[bool],  # teacher, tokens, student
+) -> list[Tensor]:
+    stats = ReceptiveStats(*saved)
+    upstream = [None if g is None else g.contiguous() for g in grad]
+    backend = backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype))
+    results = _empty_gradients(teacher, tokens, student, needs)
+    if backend == "reference":
+        computed = reference.receptive_stats_backward(teacher, tokens, student, stats, upstream, needs)
+        for destination, value in zip(sum(results, []), sum(computed, []), strict=True):
+            destination.copy_(value)
+    elif backend == "native":
+        _native_backward(teacher, tokens, student, stats, upstream, results)
+    else:
+        from maskd_kernels.triton import receptive_stats as kernels
+
+        kernels.backward(teacher, tokens, student, stats, upstream, results)
+    return sum(results, [])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    teacher, tokens, student, customize, _ = inputs
+    stats = ReceptiveStats(*output)
+    ctx.set_materialize_grads(False)
+    ctx.counts = len(teacher), len(tokens), len(student)
+    # The backward needs the masks, their teacher factor and the distance; the reduced statistics are not kept.
+    ctx.save_for_backward(*teacher, *tokens, *student, stats.masks, stats.teacher_masks, stats.distance)
+
+
+def _autograd(ctx: Any, *grad: Tensor | None) -> tuple[Any, ...]:
+    teacher_count, tokens_count, student_count = ctx.counts
+    tensors = list(ctx.saved_tensors)
+    masks, teacher_masks, distance = tensors[-3:]
+    teacher, tokens = tensors[:teacher_count], tensors[teacher_count : teacher_count + tokens_count]
+    student = tensors[teacher_count + tokens_count : -3]
+    needs = [bool(needed) and any(needed) for needed in ctx.needs_input_grad[:3]]
+    if grad[1] is not None:
+        raise RuntimeError("receptive_stats: teacher_masks is not differentiable; differentiate masks instead")
+    none = masks.new_empty(0)
+    saved = [masks, teacher_masks, distance, none, none, none, none]
+    gradients = torch.ops.maskd_kernels.receptive_stats_backward(teacher, tokens, student, saved, list(grad), needs)
+    result: list[Any] = []
+    for needed, count in zip(needs, (teacher_count, tokens_count, student_count), strict=True):
+        result.append(gradients[:count] if needed else [None] * count)
+        gradients = gradients[count:] if needed else gradients
+    return (*result, None, None)
+
+
+torch.library.register_autograd(_NAME, _autograd, setup_context=_setup_context)
+
+
+# ---- The native kernels ------------------------------------------------------------------------
+
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/common.h, DType
+_ABSENT = (0, 0, 0, 0, 0)
+
+
+def _describe(view: Tensor) -> tuple[int, int, int, int, int]:  # [N, C, P]
+    return (view.data_ptr(), _DTYPE_CODES[view.dtype], *view.stride())
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None or x.numel() == 0 else x.data_ptr()
+
+
+def _native_levels(
+    teacher: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    student: Sequence[Tensor],
+    grads: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], []),
+) -> tuple[list[Any], list[Tensor]]:
+    """The kernels' view of the levels, and the tensors that must outlive the call."""
+    grad_teacher, grad_tokens, grad_student = grads
+    levels, alive = [], []
+    pixel_offset = channel_offset = 0
+    for i, raw in enumerate(teacher):
+        # Where the two maps differ in layout, the kernels read the teacher in the student's.
+        interleaved = layout.dense_view(student[i] if student else raw).interleaved
+        t = layout.with_layout(layout.dense_view(raw), interleaved).view
+        s = layout.dense_view(student[i]).view if student else None
+        token = tokens[i].contiguous() if tokens else None
+        alive += [t] + [x for x in (s, token) if x is not None]
+        n, channels, pixels = t.shape
+        levels.append(
+            native.module().ReceptiveLevel(
+                teacher=_describe(t),
+                student=_ABSENT if s is None else _describe(s),
+                grad_teacher=_describe(layout.dense_view(grad_teacher[i]).view) if grad_teacher else _ABSENT,
+                grad_student=_describe(layout.dense_view(grad_student[i]).view) if grad_student else _ABSENT,
+                tokens=_address(token),
+                grad_tokens=_address(grad_tokens[i]) if grad_tokens else 0,
+                channels=channels,
+                pixels=pixels,
+                interleaved=interleaved,
+                width=raw.shape[3] if raw.dim() == 4 else 0,
+                pixel_offset=pixel_offset,
+                channel_offset=channel_offset,
+            )
+        )
+        pixel_offset += pixels
+        channel_offset += channels
+    return levels, alive
+
+
+def _native_forward(
+    teacher: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    student: Sequence[Tensor],
+    customize: Tensor | None,
+    out: ReceptiveStats,
+) -> None:
+    levels, _alive = _native_levels(teacher, tokens, student)
+    native.module().receptive_forward(
+        levels=levels,
+        batch=teacher[0].shape[0],
+        num_tokens=tokens[0].shape[0] if tokens else 0,
+        float64=teacher[0].dtype == torch.float64,
+        customize=customize is not None and bool(customize),  # a CPU tensor: nothing to wait for
+        threads=torch.get_num_threads(),
+        out=[_address(x) for x in out],
+    )
+
+
+def _native_backward(
+    teacher: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    student: Sequence[Tensor],
+    saved: ReceptiveStats,
+    grad: Sequence[Tensor | None],
+    results: tuple[list[Tensor], list[Tensor], list[Tensor]],
+) -> None:
+    levels, _alive = _native_levels(teacher, tokens, student, results)
+    native.module().receptive_backward(
+        levels=levels,
+        batch=teacher[0].shape[0],
+        num_tokens=tokens[0].shape[0] if tokens else 0,
+        float64=teacher[0].dtype == torch.float64,
+        customize=saved.teacher_masks.numel() > 0,
+        threads=torch.get_num_threads(),
+        saved=[_address(x) for x in saved],
+        grad=[_address(x) for x in grad],
+    )

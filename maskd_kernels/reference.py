@@ -1,0 +1,163 @@
+"""Plain PyTorch, written to be read next to the papers.
+
+The fallback backend, and the only oracle of tests and benches. Shapes: ``N`` batch, ``K`` receptive tokens,
+``C`` channels, ``P`` pixels, ``L`` levels of a feature pyramid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BORDER_SUMS = 9  # total, top, bottom, left, right, then the corners: top left, top right, bottom left, bottom right
+
+
+class ReceptiveStats(NamedTuple):
+    """What one pass over the features leaves behind. Levels lie side by side on the axes ``P`` and ``C``.
+
+    Fields that were not asked for are empty tensors.
+    """
+
+    masks: Tensor  # [N, K, P] sigmoid(tokens . teacher), times sigmoid(tokens . student) where customized
+    teacher_masks: Tensor  # [N, K, P] the first factor; only where customized
+    distance: Tensor  # [N, P] sum_c (student - teacher)^2
+    mass: Tensor  # [L, N, K] sum_p masks
+    error: Tensor  # [L, N, K] sum_p masks^2 * distance
+    gram: Tensor  # [L, N, K, K] sum_p masks_k * masks_l
+    sums: Tensor  # [N, 9, C] sums of the teacher over all pixels and over the image's borders
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Statistics are float32, whatever the features are; float64 for float64 features."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def border_indicator(spatial: Sequence[int], like: Tensor) -> Tensor:
+    """``[9, P]``: 1 where a pixel belongs to the set that a row of ``sums`` adds up. 2-D images have borders."""
+    indicator = like.new_zeros(BORDER_SUMS, *spatial)
+    indicator[0] = 1
+    if len(spatial) == 2 and indicator[0].numel():
+        indicator[1, 0], indicator[2, -1], indicator[3, :, 0], indicator[4, :, -1] = 1, 1, 1, 1
+        indicator[5, 0, 0], indicator[6, 0, -1], indicator[7, -1, 0], indicator[8, -1, -1] = 1, 1, 1, 1
+    return indicator.flatten(1)
+
+
+def receptive_stats(
+    teacher: Sequence[Tensor],  # L x [N, C, *spatial]
+    tokens: Sequence[Tensor],  # L x [K, C], or none: distance and sums only
+    student: Sequence[Tensor] = (),  # L x [N, C, *spatial], or none
+    customize: Tensor | None = None,  # 0-dim bool: whether the masks are multiplied by the student's own
+    sums: bool = False,
+) -> ReceptiveStats:
+    """The statistics of every MasKD loss (arXiv 2205.14589, equations 3-6), differentiable by autograd."""
+    dtype = compute_dtype(teacher[0].dtype)
+    num_tokens = tokens[0].shape[0] if tokens else 0
+    empty = torch.empty(0, dtype=dtype, device=teacher[0].device)
+    levels: list[ReceptiveStats] = []
+    for level, raw in enumerate(teacher):
+        t = raw.flatten(2).to(dtype)  # [N, C, P]
+        e = tokens[level].to(dtype) if tokens else t.new_zeros(num_tokens, t.shape[1])
+        masks = teacher_masks = (e @ t).sigmoid()  # [N, K, P]
+        distance = error = empty
+        if student:
+            s = student[level].flatten(2).to(dtype)
+            distance = (s - t).square().sum(1)  # [N, P]
+            if customize is not None:
+                student_masks = (e.detach() @ s.detach()).sigmoid()
+                masks = masks * torch.where(customize, student_masks, torch.ones_like(student_masks))
+            error = (masks.square() * distance[:, None]).sum(-1)
+        levels.append(
+            ReceptiveStats(
+                masks,
+                teacher_masks if customize is not None else empty,
+                distance,
+                masks.sum(-1),
+                error,
+                masks @ masks.mT,
+                border_indicator(raw.shape[2:], t) @ t.mT if sums else empty,
+            )
+        )
+    columns = zip(*levels, strict=True)
+    masks, teacher_masks, distance, mass, error, gram, border_sums = (list(column) for column in columns)
+    return ReceptiveStats(
+        torch.cat(masks, -1),
+        torch.cat(teacher_masks, -1),
+        torch.cat(distance, -1),
+        torch.stack(mass),
+        torch.stack(error) if student else empty,
+        torch.stack(gram),
+        torch.cat(border_sums, -1),
+    )
+
+
+def receptive_stats_backward(
+    teacher: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    student: Sequence[Tensor],
+    saved: ReceptiveStats,
+    grad: Sequence[Tensor | None],  # upstream, in the order of ReceptiveStats' fields
+    needs: Sequence[bool],  # teacher, tokens, student
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The gradients of ``receptive_stats`` written out: the formulas that the kernels implement.
+
+    With ``M`` the masks, ``M_T`` their teacher factor, ``D`` the distance and ``g`` the upstream gradients::
+
+        d student = 2 (student - teacher) (sum_k g_error[k] M_k^2 + g_distance)
+        d logit_k = M_k (1 - M_T,k) (g_mass[k] + 2 g_error[k] M_k D + sum_l (g_gram + g_gram^T)[k,l] M_l + g_masks[k])
+        d tokens  = sum_{n,p} d logit_k teacher
+        d teacher = -d student + sum_k tokens_k d logit_k + g_sums over the pixels each sum contains
+    """
+    grad_masks, _, grad_distance, grad_mass, grad_error, grad_gram, grad_sums = grad
+    dtype = compute_dtype(teacher[0].dtype)
+    pixels = [t.shape[2:].numel() for t in teacher]
+    channels = [t.shape[1] for t in teacher]
+
+    def split(x: Tensor | None, sizes: list[int]) -> list[Tensor | None]:
+        return list(x.split(sizes, -1)) if x is not None and x.numel() else [None] * len(sizes)
+
+    masks, teacher_masks = saved.masks.split(pixels, -1), split(saved.teacher_masks, pixels)
+    distance, upstream_masks = split(saved.distance, pixels), split(grad_masks, pixels)
+    upstream_distance, upstream_sums = split(grad_distance, pixels), split(grad_sums, channels)
+
+    grad_teacher, grad_tokens, grad_student = [], [], []
+    for level, raw in enumerate(teacher):
+        t = raw.flatten(2).to(dtype)
+        m = masks[level]  # [N, K, P]
+        d_teacher = torch.zeros_like(t)
+        if student:
+            s = student[level].flatten(2).to(dtype)
+            coefficient = t.new_zeros(t.shape[0], t.shape[2])  # [N, P]
+            if grad_error is not None:
+                coefficient = coefficient + (grad_error[level][..., None] * m.square()).sum(1)
+            if upstream_distance[level] is not None:
+                coefficient = coefficient + upstream_distance[level]
+            d_student = 2 * coefficient[:, None] * (s - t)
+            d_teacher = d_teacher - d_student
+            if needs[2]:
+                grad_student.append(d_student.reshape(raw.shape).to(student[level].dtype))
+        if not (needs[0] or needs[1]):
+            continue
+
+        inner = torch.zeros_like(m)
+        if grad_mass is not None:
+            inner = inner + grad_mass[level][..., None]
+        if grad_error is not None and distance[level] is not None:
+            inner = inner + 2 * grad_error[level][..., None] * m * distance[level][:, None]
+        if grad_gram is not None:
+            inner = inner + (grad_gram[level] + grad_gram[level].mT) @ m
+        if upstream_masks[level] is not None:
+            inner = inner + upstream_masks[level]
+        factor = teacher_masks[level] if teacher_masks[level] is not None else m
+        d_logits = inner * m * (1 - factor)  # [N, K, P]
+        if needs[1]:
+            grad_tokens.append((d_logits @ t.mT).sum(0))
+        if needs[0]:
+            if tokens:
+                d_teacher = d_teacher + tokens[level].to(dtype).mT @ d_logits
+            if upstream_sums[level] is not None:
+                d_teacher = d_teacher + upstream_sums[level].mT @ border_indicator(raw.shape[2:], t)
+            grad_teacher.append(d_teacher.reshape(raw.shape).to(raw.dtype))
+    return grad_teacher, grad_tokens, grad_student

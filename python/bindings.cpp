@@ -1,0 +1,138 @@
+// Python bindings of csrc/: the only place that knows both. Addresses, shapes and strides arrive as
+// integers that maskd_kernels/ops has validated; no Torch header is needed, so one build serves every Torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "isa.h"
+
+namespace py = pybind11;
+using namespace maskd;
+
+namespace {
+
+const Kernels* selected = nullptr;
+
+std::vector<std::string> isas() {
+  int count = 0;
+  const Kernels* kernels = available_kernels(&count);
+  std::vector<std::string> names;
+  for (int i = 0; i < count; ++i) names.emplace_back(kernels[i].isa);
+  return names;
+}
+
+void select_isa(const std::string& name) {
+  int count = 0;
+  const Kernels* kernels = available_kernels(&count);
+  for (int i = 0; i < count; ++i) {
+    if (name == kernels[i].isa) {
+      selected = &kernels[i];
+      return;
+    }
+  }
+  throw std::invalid_argument("isa: '" + name + "' is unknown or not supported by this processor");
+}
+
+// (address, dtype code, stride_n, stride_c, stride_p); address 0: absent
+using FeatureTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;
+
+Feature feature(const FeatureTuple& t) {
+  Feature f;
+  f.data = reinterpret_cast<void*>(std::get<0>(t));
+  f.dtype = DType(std::get<1>(t));
+  f.stride_n = std::get<2>(t), f.stride_c = std::get<3>(t), f.stride_p = std::get<4>(t);
+  return f;
+}
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+// Addresses in the order of the struct's fields; 0: absent.
+ReceptiveStats stats(const std::vector<uintptr_t>& a) {
+  if (a.size() != 7) throw std::invalid_argument("expected seven addresses");
+  ReceptiveStats s;
+  s.masks = pointer(a[0]), s.teacher_masks = pointer(a[1]), s.distance = pointer(a[2]), s.mass = pointer(a[3]);
+  s.error = pointer(a[4]), s.gram = pointer(a[5]), s.sums = pointer(a[6]);
+  return s;
+}
+
+ReceptiveProblem problem(const std::vector<ReceptiveLevel>& levels, int64_t batch, int64_t num_tokens, bool float64,
+                         bool customize, int threads) {
+  ReceptiveProblem p;
+  p.levels = levels.data(), p.num_levels = int64_t(levels.size()), p.batch = batch, p.num_tokens = num_tokens;
+  p.float64 = float64, p.customize = customize, p.threads = threads;
+  for (const ReceptiveLevel& level : levels) p.total_pixels += level.pixels, p.total_channels += level.channels;
+  return p;
+}
+
+void check(bool enough_memory) {
+  if (!enough_memory) throw std::bad_alloc();
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "CPU kernels of maskd_kernels.";
+  selected = [] {
+    int count = 0;
+    return available_kernels(&count);
+  }();
+
+  m.def("isas", &isas, "Instruction sets this processor and build support, best first.");
+  m.def("isa", [] { return std::string(selected->isa); }, "The instruction set in use.");
+  m.def("select_isa", &select_isa, py::arg("name"));
+
+  py::class_<ReceptiveLevel>(m, "ReceptiveLevel")
+      .def(py::init([](const FeatureTuple& teacher, const FeatureTuple& student, const FeatureTuple& grad_teacher,
+                       const FeatureTuple& grad_student, uintptr_t tokens, uintptr_t grad_tokens, int64_t channels,
+                       int64_t pixels, bool interleaved, int64_t width, int64_t pixel_offset, int64_t channel_offset) {
+             ReceptiveLevel level;
+             level.teacher = feature(teacher), level.student = feature(student);
+             level.grad_teacher = feature(grad_teacher), level.grad_student = feature(grad_student);
+             level.tokens = pointer(tokens), level.grad_tokens = pointer(grad_tokens);
+             level.channels = channels, level.pixels = pixels, level.interleaved = interleaved, level.width = width;
+             level.pixel_offset = pixel_offset, level.channel_offset = channel_offset;
+             return level;
+           }),
+           py::arg("teacher"), py::arg("student"), py::arg("grad_teacher"), py::arg("grad_student"), py::arg("tokens"),
+           py::arg("grad_tokens"), py::arg("channels"), py::arg("pixels"), py::arg("interleaved"), py::arg("width"), py::arg("pixel_offset"),
+           py::arg("channel_offset"));
+
+  m.def(
+      "receptive_forward",
+      [](const std::vector<ReceptiveLevel>& levels, int64_t batch, int64_t num_tokens, bool float64, bool customize,
+         int threads, const std::vector<uintptr_t>& out) {
+        const ReceptiveProblem p = problem(levels, batch, num_tokens, float64, customize, threads);
+        const ReceptiveStats s = stats(out);
+        py::gil_scoped_release release;
+        check(selected->receptive_forward(p, s));
+      },
+      py::arg("levels"), py::arg("batch"), py::arg("num_tokens"), py::arg("float64"), py::arg("customize"),
+      py::arg("threads"), py::arg("out"));
+
+  m.def(
+      "receptive_backward",
+      [](const std::vector<ReceptiveLevel>& levels, int64_t batch, int64_t num_tokens, bool float64, bool customize,
+         int threads, const std::vector<uintptr_t>& saved, const std::vector<uintptr_t>& grad) {
+        const ReceptiveProblem p = problem(levels, batch, num_tokens, float64, customize, threads);
+        const ReceptiveStats s = stats(saved), g = stats(grad);
+        py::gil_scoped_release release;
+        check(selected->receptive_backward(p, s, g));
+      },
+      py::arg("levels"), py::arg("batch"), py::arg("num_tokens"), py::arg("float64"), py::arg("customize"),
+      py::arg("threads"), py::arg("saved"), py::arg("grad"));
+
+  m.def(
+      "streaming_difference",
+      [](uintptr_t a, uintptr_t b, uintptr_t out, int64_t count, int threads) {
+        py::gil_scoped_release release;
+        selected->streaming_difference(static_cast<const float*>(pointer(a)), static_cast<const float*>(pointer(b)),
+                                       static_cast<float*>(pointer(out)), count, threads);
+      },
+      py::arg("a"), py::arg("b"), py::arg("out"), py::arg("count"), py::arg("threads"),
+      "out = a - b over float32, written past the caches: the floor of the benchmarks.");
+}
