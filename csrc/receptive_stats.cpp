@@ -12,7 +12,10 @@ namespace {
 
 constexpr int64_t kTokenChunk = 8;     // accumulators that fit the registers beside the rows
 constexpr int64_t kRows = 4;           // channels per step over a planar tile
-constexpr int64_t kAccumulatorBytes = 24 << 10;
+constexpr int64_t kAccumulatorBytes = 48 << 10;
+constexpr int64_t kStudentPixels = 1 << 15;  // pixels and channels of a tile that only needs the student's gradient:
+constexpr int64_t kStudentChannels = 64;     // long rows in sequence, as a copy would read them
+constexpr int64_t kPiece = 1024;             // elements of such a row that are staged in the L1 cache
 constexpr int64_t kStreamBytes = 4 << 20;  // gradients from this size on bypass the caches
 constexpr int64_t kSerialElements = 1 << 15;  // below it, waking other threads costs more than it gains
 
@@ -37,7 +40,7 @@ template <typename T>
 int64_t tile_pixels(const ReceptiveLevel& level, int64_t accumulators) {
   const int64_t fitting = kAccumulatorBytes / int64_t(sizeof(T)) / (accumulators + 1);
   int64_t tile = fitting / 64 * 64;
-  if (tile > 1024) tile = 1024;
+  if (tile > 2048) tile = 2048;
   if (level.interleaved && tile > 128) tile = 128;
   if (tile < 64) tile = 64;
   const int64_t whole = round_up(level.pixels, kLanes<T>);
@@ -48,40 +51,58 @@ int64_t tile_pixels(const ReceptiveLevel& level, int64_t accumulators) {
 struct Tile {
   const ReceptiveLevel* level;
   int64_t level_index, n, begin, count, stride;  // stride: pixels per accumulator row, whole vectors
+  int64_t first_channel, last_channel;
 };
 
 struct Plan {
   const ReceptiveProblem* problem;
-  int64_t total = 0;
-  int64_t* first = nullptr;    // [levels + 1] first task of each level
-  int64_t* size = nullptr;     // [levels] pixels per tile
-  int64_t* per_image = nullptr;  // [levels] tiles per image
-  int64_t max_size = 0, max_channels = 0;
+  int64_t* first;          // [levels + 1] first task of each level
+  int64_t* size;           // [levels] pixels per tile
+  int64_t* tiles;          // [levels] tiles per image
+  bool student_only;       // no statistics to accumulate: tiles need not hold all channels
+  int64_t total = 0, max_size = 0, max_channels = 0;
+
+  int64_t channel_block(int64_t l) const {
+    const int64_t channels = problem->levels[l].channels;
+    return student_only && !problem->levels[l].interleaved && channels > kStudentChannels ? kStudentChannels : channels;
+  }
+
+  // Tasks follow each other image by image.
+  int64_t per_image(int64_t l) const {
+    return tiles[l] * ((problem->levels[l].channels + channel_block(l) - 1) / channel_block(l));
+  }
 
   Tile tile(int64_t index) const {
     int64_t l = 0;
     while (index >= first[l + 1]) ++l;
-    const int64_t local = index - first[l], n = local / per_image[l], begin = local % per_image[l] * size[l];
     const ReceptiveLevel& level = problem->levels[l];
-    const int64_t left = level.pixels - begin;
-    return {&level, l, n, begin, left < size[l] ? left : size[l], size[l]};
+    const int64_t local = index - first[l], n = local / per_image(l), rest = local % per_image(l);
+    const int64_t begin = rest % tiles[l] * size[l], left = level.pixels - begin;
+    const int64_t channel = rest / tiles[l] * channel_block(l), last = channel + channel_block(l);
+    return {&level,  l,       n,       begin, left < size[l] ? left : size[l],
+            size[l], channel, last < level.channels ? last : level.channels};
   }
 };
 
+// `table`: 3 * levels + 1 integers.
 template <typename T>
-void lay_out(Plan& plan, int64_t accumulators) {
-  const ReceptiveProblem& problem = *plan.problem;
-  for (int64_t l = 0; l < problem.num_levels; ++l) {
+Plan lay_out(const ReceptiveProblem& problem, int64_t* table, int64_t accumulators, bool student_only) {
+  const int64_t levels = problem.num_levels;
+  Plan plan{&problem, table, table + levels + 1, table + 2 * levels + 1, student_only};
+  for (int64_t l = 0; l < levels; ++l) {
     const ReceptiveLevel& level = problem.levels[l];
-    const int64_t size = tile_pixels<T>(level, accumulators);
+    int64_t size = tile_pixels<T>(level, accumulators);
+    if (student_only && !level.interleaved) size = level.pixels < kStudentPixels ? level.pixels : kStudentPixels;
+    size = round_up(size, kLanes<T>);
     plan.first[l] = plan.total;
     plan.size[l] = size;
-    plan.per_image[l] = level.pixels == 0 ? 0 : (level.pixels + size - 1) / size;
-    plan.total += problem.batch * plan.per_image[l];
+    plan.tiles[l] = level.pixels == 0 ? 0 : (level.pixels + size - 1) / size;
+    plan.total += problem.batch * plan.per_image(l);
     if (size > plan.max_size) plan.max_size = size;
     if (level.channels > plan.max_channels) plan.max_channels = level.channels;
   }
-  plan.first[problem.num_levels] = plan.total;
+  plan.first[levels] = plan.total;
+  return plan;
 }
 
 int worker_count(const ReceptiveProblem& problem) {
@@ -92,15 +113,18 @@ int worker_count(const ReceptiveProblem& problem) {
 }
 
 // ---- One step: kRows channels of a planar tile -------------------------------------------------
+// A tile's rows lie far apart, further than hardware prefetchers look: each step asks for the next one's.
 
 template <typename T, int KC, bool kDistance>
 MASKD_INLINE void accumulate_rows(const T* const* t, const T* const* s, const T* tokens, int64_t vectors, T* logits,
-                                  int64_t stride, T* distance, Vec<T>* sums) {
+                                  int64_t stride, T* distance, Vec<T>* sums, const int64_t* ahead) {
   constexpr int64_t L = kLanes<T>;
   Vec<T> sum0 = sums[0], sum1 = sums[1], sum2 = sums[2], sum3 = sums[3];
   for (int64_t i = 0; i < vectors * L; i += L) {
     const Vec<T> t0 = load(t[0] + i), t1 = load(t[1] + i), t2 = load(t[2] + i), t3 = load(t[3] + i);
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(t[r] + i + ahead[0], 0, 2);
     if (kDistance) {
+      for (int r = 0; r < kRows; ++r) __builtin_prefetch(s[r] + i + ahead[1], 0, 2);
       const Vec<T> d0 = load(s[0] + i) - t0, d1 = load(s[1] + i) - t1;
       const Vec<T> d2 = load(s[2] + i) - t2, d3 = load(s[3] + i) - t3;
       store(distance + i, load(distance + i) + (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3));
@@ -117,10 +141,10 @@ MASKD_INLINE void accumulate_rows(const T* const* t, const T* const* s, const T*
 
 template <typename T, bool kDistance>
 MASKD_INLINE void accumulate_chunk(int64_t chunk, const T* const* t, const T* const* s, const T* tokens, int64_t vectors,
-                                   T* logits, int64_t stride, T* distance, Vec<T>* sums) {
+                                   T* logits, int64_t stride, T* distance, Vec<T>* sums, const int64_t* ahead) {
 #define MASKD_CASE(KC) \
   case KC:             \
-    return accumulate_rows<T, KC, kDistance>(t, s, tokens, vectors, logits, stride, distance, sums)
+    return accumulate_rows<T, KC, kDistance>(t, s, tokens, vectors, logits, stride, distance, sums, ahead)
   switch (chunk) {
     MASKD_CASE(0);
     MASKD_CASE(1);
@@ -138,17 +162,17 @@ MASKD_INLINE void accumulate_chunk(int64_t chunk, const T* const* t, const T* co
 // All tokens, in chunks. The distance, where wanted, and the channel sums ride with the first chunk.
 template <typename T>
 void accumulate(const T* const* t, const T* const* s, const T* tokens, int64_t num_tokens, int64_t vectors, T* logits,
-                int64_t stride, T* distance, Vec<T>* sums) {
+                int64_t stride, T* distance, Vec<T>* sums, const int64_t* ahead) {
   Vec<T> discarded[kRows] = {};
   int64_t k = 0;
   do {
     const int64_t chunk = num_tokens - k < kTokenChunk ? num_tokens - k : kTokenChunk;
     const T* e = tokens + k * kRows;
     if (k == 0 && distance) {
-      accumulate_chunk<T, true>(chunk, t, s, e, vectors, logits, stride, distance, sums);
+      accumulate_chunk<T, true>(chunk, t, s, e, vectors, logits, stride, distance, sums, ahead);
     } else {
       accumulate_chunk<T, false>(chunk, t, s, e, vectors, logits + k * stride, stride, distance,
-                                 k == 0 ? sums : discarded);
+                                 k == 0 ? sums : discarded, ahead);
     }
     k += chunk;
   } while (k < num_tokens);
@@ -193,6 +217,10 @@ void forward_planar(const ReceptiveProblem& problem, const Tile& tile, const For
   const T* tokens = static_cast<const T*>(level.tokens);
   const Feature* features[2] = {&level.teacher, &level.student};
   const int64_t run = round_up(tile.stride, L);
+  constexpr int64_t kNothingAhead[2] = {0, 0};
+  int64_t ahead[2] = {0, 0};  // elements from a row to the one of the next step, where rows are read in place
+  for (int f = 0; f < 2; ++f)
+    if (features[f]->dtype == kDType<T>) ahead[f] = kRows * features[f]->stride_c;
 
   for (int64_t c = 0; c < C; c += kRows) {
     const int64_t rows = C - c < kRows ? C - c : kRows;
@@ -217,17 +245,18 @@ void forward_planar(const ReceptiveProblem& problem, const Tile& tile, const For
 
     Vec<T> row_sums[kRows] = {};
     T* distance = with_student ? scratch.distance : nullptr;
-    accumulate(main_rows[0], main_rows[1], scratch.packed, K, whole, scratch.logits, tile.stride, distance, row_sums);
+    accumulate(main_rows[0], main_rows[1], scratch.packed, K, whole, scratch.logits, tile.stride, distance, row_sums,
+               ahead);
     if (tail)
       accumulate(tail_rows[0], tail_rows[1], scratch.packed, K, 1, scratch.logits + whole * L, tile.stride,
-                 distance ? distance + whole * L : nullptr, row_sums);
+                 distance ? distance + whole * L : nullptr, row_sums, kNothingAhead);
     if (problem.customize) {
       Vec<T> discarded[kRows] = {};
       accumulate<T>(main_rows[1], nullptr, scratch.packed, K, whole, scratch.student_logits, tile.stride, nullptr,
-                    discarded);
+                    discarded, kNothingAhead);
       if (tail)
         accumulate<T>(tail_rows[1], nullptr, scratch.packed, K, 1, scratch.student_logits + whole * L, tile.stride,
-                      nullptr, discarded);
+                      nullptr, discarded, kNothingAhead);
     }
     if (sums) {
       for (int64_t r = 0; r < rows; ++r) sums[c + r] = horizontal_sum<T>(row_sums[r]);
@@ -354,7 +383,7 @@ void reduce_image(const Plan& plan, int64_t l, int64_t n, const double* partials
                   int64_t sums_size, const ReceptiveStats& out) {
   const ReceptiveProblem& problem = *plan.problem;
   const ReceptiveLevel& level = problem.levels[l];
-  const int64_t K = problem.num_tokens, C = level.channels, tiles = plan.per_image[l];
+  const int64_t K = problem.num_tokens, C = level.channels, tiles = plan.tiles[l];
   const int64_t first = plan.first[l] + n * tiles, row = l * problem.batch + n;
   const auto total = [&](int64_t entry) {
     double value = 0;
@@ -388,9 +417,7 @@ bool forward(const ReceptiveProblem& problem, const ReceptiveStats& out) {
   int64_t* table = static_cast<int64_t*>(std::malloc(size_t(3 * problem.num_levels + 1) * sizeof(int64_t)));
   FreeDeleter free_table{table};
   if (!table) return false;
-  Plan plan{&problem};
-  plan.first = table, plan.size = table + problem.num_levels + 1, plan.per_image = plan.size + problem.num_levels;
-  lay_out<T>(plan, problem.customize ? 2 * K : K);
+  const Plan plan = lay_out<T>(problem, table, problem.customize ? 2 * K : K, false);
 
   const int threads = worker_count(problem);
   const int64_t partial_size = 2 * K + K * (K + 1) / 2;
@@ -448,7 +475,7 @@ struct BackwardScratch {
   T *coefficient, *grad_logits, *pair_sums, *student_row, *teacher_row, *grad_row, *result_row;
 
   void take(Arena& arena, const ReceptiveProblem& problem, int64_t tile, int64_t channels) {
-    const int64_t run = round_up(tile > channels ? tile : channels, kLanes<T>) + kLanes<T>;
+    const int64_t run = round_up(tile > channels ? tile : channels, kLanes<T>);
     coefficient = arena.take<T>(tile);
     grad_logits = arena.take<T>(problem.num_tokens * tile);
     pair_sums = arena.take<T>(problem.num_tokens);
@@ -540,6 +567,16 @@ struct BackwardTile {
     return n * feature.stride_n + c * feature.stride_c + p * feature.stride_p;
   }
 
+  void planar_student() const {
+    for (int64_t c = tile.first_channel; c < tile.last_channel; ++c) {
+      for (int64_t i = 0; i < tile.count; i += kPiece) {
+        const int64_t count = tile.count - i < kPiece ? tile.count - i : kPiece, p = tile.begin + i;
+        const T* t = read_run(level.teacher, offset(level.teacher, tile.n, c, p), count, scratch.teacher_row);
+        student_run(t, c, p, count, [&](int64_t j) { return scratch.coefficient[i + j]; });
+      }
+    }
+  }
+
   void planar() const {
     const int64_t K = problem.num_tokens, C = level.channels, count = tile.count;
     const T* tokens = static_cast<const T*>(level.tokens);
@@ -567,14 +604,14 @@ struct BackwardTile {
   }
 
   void interleaved() const {
-    const int64_t K = problem.num_tokens, C = level.channels;
+    const int64_t K = problem.num_tokens, C = level.channels, c = tile.first_channel, count = tile.last_channel - c;
     const T* tokens = static_cast<const T*>(level.tokens);
     if (token_partial) std::memset(token_partial, 0, size_t(K * C) * sizeof(T));
     for (int64_t i = 0; i < tile.count; ++i) {
       const int64_t p = tile.begin + i;
-      const T* t = read_run(level.teacher, offset(level.teacher, tile.n, 0, p), C, scratch.teacher_row);
+      const T* t = read_run(level.teacher, offset(level.teacher, tile.n, c, p), count, scratch.teacher_row);
       const T coefficient = scratch.coefficient[i];
-      student_run(t, 0, p, C, [&](int64_t) { return coefficient; });
+      student_run(t, c, p, count, [&](int64_t) { return coefficient; });
       for (int64_t k = 0; token_partial && k < K; ++k)
         add_scaled_run(token_partial + k * C, t, scratch.grad_logits[k * tile.stride + i], C);
       if (level.grad_teacher.present()) {
@@ -619,9 +656,6 @@ bool backward(const ReceptiveProblem& problem, const ReceptiveStats& saved, cons
   int64_t* table = static_cast<int64_t*>(std::malloc(size_t(3 * problem.num_levels + 1) * sizeof(int64_t)));
   FreeDeleter free_table{table};
   if (!table) return false;
-  Plan plan{&problem};
-  plan.first = table, plan.size = table + problem.num_levels + 1, plan.per_image = plan.size + problem.num_levels;
-  lay_out<T>(plan, K);
 
   bool logits_wanted = false, tokens_wanted = false;
   int64_t written_bytes = 0;
@@ -633,7 +667,14 @@ bool backward(const ReceptiveProblem& problem, const ReceptiveStats& saved, cons
                      (int64_t(level.grad_student.present()) * size_of(level.grad_student.dtype) +
                       int64_t(level.grad_teacher.present()) * size_of(level.grad_teacher.dtype));
   }
+  const Plan plan = lay_out<T>(problem, table, K, !logits_wanted);
   const bool stream = written_bytes >= kStreamBytes;
+  for (int64_t l = 0; stream && l < problem.num_levels; ++l) {
+    const ReceptiveLevel& level = problem.levels[l];
+    const int64_t elements = problem.batch * level.channels * level.pixels;
+    if (level.grad_student.present()) prefer_huge_pages(level.grad_student.data, elements * size_of(level.grad_student.dtype));
+    if (level.grad_teacher.present()) prefer_huge_pages(level.grad_teacher.data, elements * size_of(level.grad_teacher.dtype));
+  }
   const int threads = worker_count(problem);
   const int64_t partial_size = tokens_wanted ? K * plan.max_channels : 0;
   Arena measure{nullptr};
@@ -668,8 +709,10 @@ bool backward(const ReceptiveProblem& problem, const ReceptiveStats& saved, cons
             problem, level, tile, scratch, sums_grad, tokens_wanted ? partials + task * partial_size : nullptr, stream};
         if (level.interleaved) {
           work.interleaved();
-        } else {
+        } else if (logits_wanted) {
           work.planar();
+        } else {
+          work.planar_student();
         }
       }
       if (stream) stream_fence();

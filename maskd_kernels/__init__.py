@@ -1,6 +1,31 @@
 """Fused kernels for masked feature distillation in PyTorch."""
 
 from maskd_kernels._version import __version__
-from maskd_kernels.backends import current_backend, use_backend
+from maskd_kernels.backends import BackendUnavailableError, current_backend, use_backend
+from maskd_kernels.functional import (
+    MaskWeighting,
+    dice_diversity,
+    mask_weights,
+    masked_features,
+    masked_mse,
+    maskd_loss,
+    receptive_masks,
+)
+from maskd_kernels.losses import MasKDLoss, MasKDSegLoss, MaskModule
 
-__all__ = ["__version__", "current_backend", "use_backend"]
+__all__ = [
+    "BackendUnavailableError",
+    "MasKDLoss",
+    "MasKDSegLoss",
+    "MaskModule",
+    "MaskWeighting",
+    "__version__",
+    "current_backend",
+    "dice_diversity",
+    "mask_weights",
+    "masked_features",
+    "masked_mse",
+    "maskd_loss",
+    "receptive_masks",
+    "use_backend",
+]

@@ -1,0 +1,476 @@
+"""Masked distillation as functions: validate, call an operator, and combine its small results.
+
+Shapes: ``N`` batch, ``K`` receptive tokens, ``C`` channels, ``*spatial`` one to three pixel axes. Wherever
+a feature map is taken, a list of them (the levels of a feature pyramid) is taken too, and handled in one call.
+Statistics and losses are float32 whatever the features are (float64 for float64 features), also under autocast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from maskd_kernels.ops.receptive_stats import receptive_stats
+from maskd_kernels.reference import ReceptiveStats, compute_dtype
+
+Levels = Tensor | Sequence[Tensor]
+_FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class MaskWeighting(NamedTuple):
+    """Parameters of the module that weights the masks, as the authors define it.
+
+    ``softmax(Conv1x1(AvgPool(Conv3x3(teacher))))``. Nothing nonlinear lies between the convolution and the
+    pooling, so it is evaluated from nine sums per channel and never as a convolution over the map.
+    """
+
+    conv_weight: Tensor  # [C, C, 3, 3]
+    conv_bias: Tensor  # [C]
+    projection_weight: Tensor  # [K, C, 1, 1]
+    projection_bias: Tensor  # [K]
+
+
+# ---- Validation --------------------------------------------------------------------------------
+
+
+def _shape(x: Tensor) -> str:
+    return str(list(x.shape))
+
+
+def _levels(x: Levels, name: str) -> list[Tensor]:
+    levels = [x] if isinstance(x, Tensor) else list(x) if isinstance(x, (list, tuple)) else None
+    if levels is None or not all(isinstance(level, Tensor) for level in levels):
+        raise TypeError(f"{name}: expected a tensor or a list of tensors, got {_kind(x)}")
+    if not levels:
+        raise ValueError(f"{name}: expected at least one level, got an empty list")
+    return levels
+
+
+def _kind(x: object) -> str:
+    if isinstance(x, (list, tuple)):
+        return f"a {type(x).__name__} of {', '.join(sorted({type(item).__name__ for item in x}))}"
+    return type(x).__name__
+
+
+def _name(name: str, level: int, count: int) -> str:
+    return name if count == 1 else f"{name}[{level}]"
+
+
+def _features(x: Levels, name: str, channel_dim: int) -> list[Tensor]:
+    """The levels as ``[N, C, *spatial]`` views."""
+    levels = _levels(x, name)
+    if channel_dim not in (1, -1):
+        raise ValueError(f"channel_dim: expected 1 ([N, C, *spatial]) or -1 ([N, *spatial, C]), got {channel_dim!r}")
+    expected = "[N, C, *spatial]" if channel_dim == 1 else "[N, *spatial, C]"
+    for i, level in enumerate(levels):
+        label = _name(name, i, len(levels))
+        if not 3 <= level.dim() <= 5:
+            raise ValueError(f"{label}: expected {expected} with one to three pixel axes, got {_shape(level)}")
+        if level.dtype not in _FLOATING:
+            raise TypeError(f"{label}: expected float32, float16, bfloat16 or float64, got {level.dtype}")
+        if level.shape[channel_dim] == 0:
+            raise ValueError(f"{label}: expected at least one channel, got {_shape(level)}")
+        if level.device != levels[0].device:
+            raise ValueError(f"{label}: expected device {levels[0].device} like {name}[0], got {level.device}")
+        if level.shape[0] != levels[0].shape[0]:
+            raise ValueError(f"{label}: expected batch size {levels[0].shape[0]} like {name}[0], got {_shape(level)}")
+    return levels if channel_dim == 1 else [level.movedim(-1, 1) for level in levels]
+
+
+def _match_count(x: Sequence[object], name: str, like: Sequence[object], like_name: str) -> None:
+    if len(x) != len(like):
+        raise ValueError(f"{name}: expected {len(like)} level(s) like {like_name}, got {len(x)}")
+
+
+def _match_features(student: list[Tensor], teacher: list[Tensor]) -> None:
+    _match_count(student, "student", teacher, "teacher")
+    for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        label, other = _name("student", i, len(teacher)), _name("teacher", i, len(teacher))
+        if s.shape != t.shape:
+            hint = ""
+            if s.dim() == t.dim() and s.shape[1] != t.shape[1]:
+                hint = f"; align the student with a 1x1 convolution from {s.shape[1]} to {t.shape[1]} channels first"
+            raise ValueError(f"{label}: expected {_shape(t)} like {other}, got {_shape(s)}{hint}")
+        if s.device != t.device:
+            raise ValueError(f"{label}: expected device {t.device} like {other}, got {s.device}")
+
+
+def _match_tokens(tokens: list[Tensor], teacher: list[Tensor]) -> None:
+    _match_count(tokens, "tokens", teacher, "teacher")
+    for i, (e, t) in enumerate(zip(tokens, teacher, strict=True)):
+        label = _name("tokens", i, len(teacher))
+        if e.dtype not in _FLOATING:
+            raise TypeError(f"{label}: expected a floating dtype, got {e.dtype}")
+        if e.dim() != 2 or e.shape[1] != t.shape[1]:
+            raise ValueError(f"{label}: expected [K, {t.shape[1]}] for a teacher of {_shape(t)}, got {_shape(e)}")
+        if e.shape[0] < 1:
+            raise ValueError(f"{label}: expected at least one token, got {_shape(e)}")
+        if e.shape[0] != tokens[0].shape[0]:
+            raise ValueError(f"{label}: expected {tokens[0].shape[0]} tokens like tokens[0], got {_shape(e)}")
+        if e.device != t.device:
+            raise ValueError(f"{label}: expected device {t.device} like the features, got {e.device}")
+
+
+def _match_weighting(weighting: Sequence[MaskWeighting], teacher: list[Tensor], num_tokens: int) -> None:
+    _match_count(weighting, "weighting", teacher, "teacher")
+    for i, (w, t) in enumerate(zip(weighting, teacher, strict=True)):
+        label, c = _name("weighting", i, len(teacher)), t.shape[1]
+        if t.dim() != 4:
+            raise ValueError(f"{label}: weighting masks needs images [N, C, H, W], got a teacher of {_shape(t)}")
+        for field, expected in zip(w._fields, ([c, c, 3, 3], [c], [num_tokens, c, 1, 1], [num_tokens]), strict=True):
+            got = getattr(w, field)
+            if list(got.shape) != expected:
+                raise ValueError(f"{label}.{field}: expected {expected}, got {_shape(got)}")
+            if got.device != t.device:
+                raise ValueError(f"{label}.{field}: expected device {t.device} like the features, got {got.device}")
+
+
+def _as_weighting(weighting: MaskWeighting | Sequence[MaskWeighting] | None) -> list[MaskWeighting]:
+    if weighting is None:
+        return []
+    return [weighting] if isinstance(weighting, MaskWeighting) else list(weighting)
+
+
+# ---- The operator's results combined -----------------------------------------------------------
+
+
+def _stats(
+    teacher: list[Tensor],
+    tokens: list[Tensor],
+    student: list[Tensor],
+    customize: bool | Tensor = False,
+    sums: bool = False,
+) -> ReceptiveStats:
+    """The operator, its inputs brought to the dtypes it takes: float64 is contagious, tokens are in the compute dtype."""
+    tensors = [*teacher, *tokens, *student]
+    if any(x.dtype == torch.float64 for x in tensors):
+        teacher, student = [t.double() for t in teacher], [s.double() for s in student]
+    tokens = [e.to(compute_dtype(teacher[0].dtype)) for e in tokens]
+    if isinstance(customize, Tensor):
+        flag = customize
+    else:
+        flag = torch.ones((), dtype=torch.bool, device=teacher[0].device) if customize else None
+    return receptive_stats(teacher, tokens, student, flag, sums)
+
+
+def _full_precision(x: Tensor) -> torch.autocast:
+    """The epilogue leaves the autocast region: its few numbers per image are not worth losing bits of."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _mask_weights(sums: Tensor, teacher: list[Tensor], weighting: Sequence[MaskWeighting]) -> Tensor:
+    """``[L, N, K]``: softmax of the weighting module's logits, from the border sums ``[N, 9, C of all levels]``.
+
+    A 3x3 convolution padded with zeros and averaged over the image sees, per tap (i, j), the sum of its input
+    shifted by that tap: the total without the rows and columns that the shift moves out of the image.
+    """
+    result = []
+    for sum_of, t, w in zip(sums.split([t.shape[1] for t in teacher], -1), teacher, weighting, strict=True):
+        total, top, bottom, left, right, top_left, top_right, bottom_left, bottom_right = sum_of.unbind(1)
+        without_bottom, without_top = total - bottom, total - top
+        shifted = torch.stack(
+            [
+                without_bottom - right + bottom_right,
+                without_bottom,
+                without_bottom - left + bottom_left,
+                total - right,
+                total,
+                total - left,
+                without_top - right + top_right,
+                without_top,
+                without_top - left + top_left,
+            ],
+            -1,
+        )  # [N, C, 9]
+        mean = (shifted / max(t.shape[2:].numel(), 1)).flatten(1)
+        c, k = t.shape[1], w.projection_weight.shape[0]
+        hidden = torch.addmm(w.conv_bias.to(mean.dtype), mean, w.conv_weight.to(mean.dtype).reshape(c, 9 * c).mT)
+        logits = torch.addmm(
+            w.projection_bias.to(mean.dtype), hidden, w.projection_weight.to(mean.dtype).reshape(k, c).mT
+        )
+        result.append(logits.softmax(-1))
+    return torch.stack(result)
+
+
+def _dice(gram: Tensor) -> Tensor:
+    """``[..., N, K, K]`` to ``[...]``: the mean Dice coefficient over images and ordered pairs of different masks."""
+    n, k = gram.shape[-3], gram.shape[-1]
+    square = gram.diagonal(dim1=-2, dim2=-1)
+    coefficient = 2 * gram / (square[..., :, None] + square[..., None, :] + 2e-12)
+    pairs = coefficient.sum((-1, -2)) - coefficient.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return pairs.sum(-1) / max(n * k * (k - 1), 1)
+
+
+def _masked_error(error: Tensor, mass: Tensor, weights: Tensor | None, channels: list[int], eps: float) -> Tensor:
+    """Sum over levels of mean_n sum_k weights * error / (C * mass); weights None: mean over the masks too.
+
+    A mask that vanished everywhere has no error either; its share is 0 and not 0 / 0.
+    """
+    _, n, k = error.shape
+    share = error / (mass.clamp_min(torch.finfo(mass.dtype).tiny) + eps)
+    share = share / k if weights is None else share * weights
+    per_level = share.sum((1, 2)) / max(n, 1)
+    if len(set(channels)) == 1:
+        return per_level.sum() / channels[0]
+    return torch.stack([value / c for value, c in zip(per_level.unbind(), channels, strict=True)]).sum()
+
+
+# ---- Public functions --------------------------------------------------------------------------
+
+
+@overload
+def receptive_masks(
+    teacher: Tensor, tokens: Tensor, *, student: Tensor | None = None, channel_dim: int = 1
+) -> Tensor: ...
+@overload
+def receptive_masks(
+    teacher: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    *,
+    student: Sequence[Tensor] | None = None,
+    channel_dim: int = 1,
+) -> list[Tensor]: ...
+def receptive_masks(
+    teacher: Levels, tokens: Levels, *, student: Levels | None = None, channel_dim: int = 1
+) -> Tensor | list[Tensor]:
+    """Masks of the receptive tokens: ``sigmoid(tokens . teacher)`` (MasKD, arXiv 2205.14589, equation 3).
+
+    Args:
+        teacher: features ``[N, C, *spatial]``, or a list of levels.
+        tokens: receptive tokens ``[K, C]``, or one such tensor per level.
+        student: features like the teacher's; the masks are then multiplied by the student's own, which
+            receive no gradient (the authors' customised masks).
+        channel_dim: 1, or -1 for ``[N, *spatial, C]`` (token sequences of transformers).
+
+    Returns:
+        ``[N, K, *spatial]`` float32 (float64 for float64 features), values in (0, 1); a list where a list was given.
+
+    Raises:
+        ValueError: shapes, level counts or devices that do not match.
+        TypeError: integer features or something that is no tensor.
+
+    Example:
+        >>> import torch, maskd_kernels
+        >>> maskd_kernels.receptive_masks(torch.randn(2, 16, 8, 8), torch.randn(6, 16)).shape
+        torch.Size([2, 6, 8, 8])
+    """
+    t = _features(teacher, "teacher", channel_dim)
+    e = _levels(tokens, "tokens")
+    _match_tokens(e, t)
+    s = [] if student is None else _features(student, "student", channel_dim)
+    if s:
+        _match_features(s, t)
+    stats = _stats(t, e, s, customize=bool(s))
+    split = stats.masks.split([x.shape[2:].numel() for x in t], -1)
+    masks = [m.reshape(*m.shape[:2], *x.shape[2:]) for m, x in zip(split, t, strict=True)]
+    return masks[0] if isinstance(teacher, Tensor) else masks
+
+
+def maskd_loss(
+    student: Levels,
+    teacher: Levels,
+    tokens: Levels,
+    *,
+    weighting: MaskWeighting | Sequence[MaskWeighting] | None = None,
+    customize: bool | Tensor = False,
+    eps: float = 0.0,
+    channel_dim: int = 1,
+    return_dice: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The MasKD distillation loss (arXiv 2205.14589, equations 5 and 6): the teacher reconstructed under the masks.
+
+    ``sum_levels mean_n sum_k w[n,k] * sum_p M[n,k,p]^2 |S - T|^2[n,p] / (C * (sum_p M[n,k,p] + eps))``
+
+    Args:
+        student: features ``[N, C, *spatial]`` with the teacher's shape, or a list of levels. Its dtype may differ.
+        teacher: features ``[N, C, *spatial]``, or a list of levels.
+        tokens: receptive tokens ``[K, C]``, or one such tensor per level.
+        weighting: parameters of the mask weighting per level (images only). None: the mean over the masks.
+        customize: whether the masks are multiplied by the student's own, as the authors do after a warm-up. A
+            0-dim bool tensor on the features' device decides without the host waiting for the device.
+        eps: added to each mask's mass: 0 in the authors' detection loss, 1e-5 in their segmentation loss.
+        channel_dim: 1, or -1 for ``[N, *spatial, C]``.
+        return_dice: also return the Dice coefficient of each level.
+
+    Returns:
+        The loss, a float32 scalar (float64 for float64 features); with ``return_dice`` also the mean Dice
+        coefficient between the masks of each level, ``[levels]``. Differentiable in all inputs. An empty batch
+        gives 0.
+
+    Raises:
+        ValueError: shapes, level counts or devices that do not match.
+        TypeError: integer features or something that is no tensor.
+
+    Example:
+        >>> import torch, maskd_kernels
+        >>> student = torch.randn(2, 16, 8, 8, requires_grad=True)
+        >>> loss = maskd_kernels.maskd_loss(student, torch.randn(2, 16, 8, 8), torch.randn(6, 16))
+        >>> loss.backward()
+    """
+    t, s = _features(teacher, "teacher", channel_dim), _features(student, "student", channel_dim)
+    e, w = _levels(tokens, "tokens"), _as_weighting(weighting)
+    _match_features(s, t)
+    _match_tokens(e, t)
+    if w:
+        _match_weighting(w, t, e[0].shape[0])
+    with _full_precision(t[0]):
+        stats = _stats(t, e, s, customize, sums=bool(w))
+        weights = _mask_weights(stats.sums, t, w) if w else None
+        loss = _masked_error(stats.error, stats.mass, weights, [x.shape[1] for x in t], eps)
+        return (loss, _dice(stats.gram)) if return_dice else loss
+
+
+def masked_mse(
+    student: Levels,
+    teacher: Levels,
+    masks: Levels,
+    *,
+    weights: Levels | None = None,
+    eps: float = 0.0,
+    channel_dim: int = 1,
+) -> Tensor:
+    """The same loss under masks of your own: boxes, attention maps, anything per pixel.
+
+    Args:
+        student: features ``[N, C, *spatial]`` with the teacher's shape, or a list of levels.
+        teacher: features ``[N, C, *spatial]``, or a list of levels.
+        masks: ``[N, K, *spatial]`` floating or bool, or one such tensor per level; bool masks count as 0 and 1.
+        weights: weight of each mask ``[N, K]``, or one such tensor per level. None: the mean over the masks.
+        eps: added to each mask's mass.
+        channel_dim: 1, or -1 for features ``[N, *spatial, C]`` (masks stay ``[N, K, *spatial]``).
+
+    Returns:
+        The loss, a float32 scalar (float64 for float64 features), differentiable in student, teacher, masks and weights.
+
+    Raises:
+        ValueError: shapes, level counts or devices that do not match.
+        TypeError: integer features or masks, or something that is no tensor.
+
+    Example:
+        >>> import torch, maskd_kernels
+        >>> student, teacher = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8)
+        >>> inside = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
+        >>> inside[:, :, 2:6, 2:6] = True
+        >>> loss = maskd_kernels.masked_mse(student, teacher, inside)
+    """
+    t, s = _features(teacher, "teacher", channel_dim), _features(student, "student", channel_dim)
+    _match_features(s, t)
+    m = _levels(masks, "masks")
+    _match_count(m, "masks", t, "teacher")
+    k = m[0].shape[1] if m[0].dim() > 1 else 0
+    for i, (mask, x) in enumerate(zip(m, t, strict=True)):
+        label = _name("masks", i, len(t))
+        if mask.dtype != torch.bool and mask.dtype not in _FLOATING:
+            raise TypeError(f"{label}: expected a floating dtype or bool, got {mask.dtype}")
+        if k < 1 or list(mask.shape) != [x.shape[0], k, *x.shape[2:]]:
+            raise ValueError(f"{label}: expected [{x.shape[0]}, K, {str(list(x.shape[2:]))[1:]}, got {_shape(mask)}")
+        if mask.device != x.device:
+            raise ValueError(f"{label}: expected device {x.device} like the features, got {mask.device}")
+    w = None if weights is None else _levels(weights, "weights")
+    for i, weight in enumerate(w or []):
+        if list(weight.shape) != [t[0].shape[0], k]:
+            raise ValueError(f"{_name('weights', i, len(t))}: expected {[t[0].shape[0], k]}, got {_shape(weight)}")
+    if w is not None:
+        _match_count(w, "weights", t, "teacher")
+    with _full_precision(t[0]):
+        distance = _stats(t, [], s).distance.split([x.shape[2:].numel() for x in t], -1)  # L x [N, P]
+        flat = [mask.flatten(2).to(distance[0].dtype) for mask in m]  # L x [N, K, P]
+        error = torch.stack([(x.square() @ d[..., None]).squeeze(-1) for x, d in zip(flat, distance, strict=True)])
+        mass = torch.stack([x.sum(-1) for x in flat])
+        stacked = None if w is None else torch.stack([x.to(error.dtype) for x in w])
+        return _masked_error(error, mass, stacked, [x.shape[1] for x in t], eps)
+
+
+def dice_diversity(masks: Levels) -> Tensor:
+    """How much the masks of one image overlap: the Dice loss that keeps tokens apart (arXiv 2205.14589, equation 4).
+
+    ``mean over n, k != l of 2 <M_k, M_l> / (|M_k|^2 + |M_l|^2 + 2e-12)``, summed over levels.
+
+    Args:
+        masks: ``[N, K, *spatial]``, floating, or a list of levels.
+
+    Returns:
+        A scalar between 0 (disjoint masks) and the number of levels (equal masks); 0 for a single mask, which has
+        nothing to differ from.
+
+    Raises:
+        ValueError: masks that are not ``[N, K, *spatial]``.
+        TypeError: masks that are not floating.
+
+    Example:
+        >>> import torch, maskd_kernels
+        >>> maskd_kernels.dice_diversity(torch.eye(4).reshape(1, 4, 2, 2))
+        tensor(0.)
+    """
+    levels = _features(masks, "masks", 1)
+    with _full_precision(levels[0]):
+        flat = [m.flatten(2).to(compute_dtype(m.dtype)) for m in levels]
+        return torch.stack([_dice(m @ m.mT) for m in flat]).sum()
+
+
+def masked_features(
+    x: Tensor,
+    tokens: Tensor,
+    *,
+    weighting: MaskWeighting | None = None,
+    channel_dim: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """What the tokens see of a feature map: ``x * sum_k w_k M_k``, and the Dice coefficient between the masks.
+
+    Put in the place of ``x`` in the frozen teacher's forward, the task loss plus the Dice coefficient trains the
+    tokens (arXiv 2205.14589, section 3.2).
+
+    Args:
+        x: features ``[N, C, *spatial]``.
+        tokens: receptive tokens ``[K, C]``.
+        weighting: parameters of the mask weighting (images only). None: masks count 1 each.
+        channel_dim: 1, or -1 for ``[N, *spatial, C]``.
+
+    Returns:
+        The masked features, shape and dtype of ``x``, and the Dice coefficient, a scalar.
+
+    Raises:
+        ValueError: shapes or devices that do not match.
+        TypeError: integer features or something that is no tensor.
+
+    Example:
+        >>> import torch, maskd_kernels
+        >>> seen, dice = maskd_kernels.masked_features(torch.randn(2, 16, 8, 8), torch.randn(6, 16))
+    """
+    t, e = _features(x, "x", channel_dim), _levels(tokens, "tokens")
+    w = _as_weighting(weighting)
+    _match_tokens(e, t)
+    if w:
+        _match_weighting(w, t, e[0].shape[0])
+    with _full_precision(x):
+        stats = _stats(t, e, [], sums=bool(w))
+        if w:
+            weights = _mask_weights(stats.sums, t, w)[0]  # [N, K]
+            scale = (weights[:, None] @ stats.masks).squeeze(1)  # [N, P]
+        else:
+            scale = stats.masks.sum(1)
+        scale = scale.reshape(x.shape[0], *t[0].shape[2:]).unsqueeze(channel_dim)
+        return x * scale.to(x.dtype), _dice(stats.gram)[0]
+
+
+def mask_weights(teacher: Tensor, weighting: MaskWeighting) -> Tensor:
+    """Weights of the masks of each image: softmax of the weighting module's logits, without its convolution.
+
+    Args:
+        teacher: images ``[N, C, H, W]``.
+        weighting: the module's parameters.
+
+    Returns:
+        ``[N, K]`` float32 (float64 for float64 features), summing to 1 over the tokens.
+
+    Raises:
+        ValueError: shapes or devices that do not match.
+        TypeError: integer features or something that is no tensor.
+    """
+    t = _features(teacher, "teacher", 1)
+    _match_weighting([weighting], t, weighting.projection_weight.shape[0])
+    with _full_precision(teacher):
+        return _mask_weights(_stats(t, [], [], sums=True).sums, t, [weighting])[0]
