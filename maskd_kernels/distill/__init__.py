@@ -1,0 +1,7 @@
+"""Distilling any two models, and training receptive tokens on any teacher."""
+
+from maskd_kernels.distill.distiller import Distiller, Tap
+from maskd_kernels.distill.plot import plot_masks
+from maskd_kernels.distill.tokens import TokenTrainer
+
+__all__ = ["Distiller", "Tap", "TokenTrainer", "plot_masks"]
