@@ -130,15 +130,13 @@ MASKD_INLINE uint16_t float_to_bfloat(float value) {  // round to nearest, ties 
   return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
-MASKD_INLINE int64_t size_of(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
+MASKD_INLINE int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 template <typename T>
 constexpr DType kDType = sizeof(T) == 8 ? DType::float64 : DType::float32;
 
-// `count` consecutive elements from `offset` on as T: the memory itself where it already holds T, else converted into `buffer`.
-// float64 is only ever met with T = double (the callers convert mixed inputs first).
+// `count` consecutive elements from `offset` on as T: the memory itself where it already holds T, else converted into
+// `buffer`. float64 is only ever met with T = double (the callers convert mixed inputs first).
 template <typename T>
 MASKD_INLINE const T* read_run(const Feature& feature, int64_t offset, int64_t count, T* buffer) {
   if (feature.dtype == kDType<T>) return static_cast<const T*>(feature.data) + offset;

@@ -3,8 +3,7 @@
 namespace maskd {
 namespace {
 
-#define MASKD_KERNELS(isa) \
-  { #isa, isa::receptive_forward, isa::receptive_backward, isa::streaming_difference }
+#define MASKD_KERNELS(isa) {#isa, isa::receptive_forward, isa::receptive_backward, isa::streaming_difference}
 
 const Kernels kBuilds[] = {
 #if defined(__x86_64__)

@@ -10,13 +10,13 @@
 namespace maskd {
 namespace {
 
-constexpr int64_t kTokenChunk = 8;     // accumulators that fit the registers beside the rows
-constexpr int64_t kRows = 4;           // channels per step over a planar tile
+constexpr int64_t kTokenChunk = 8;  // accumulators that fit the registers beside the rows
+constexpr int64_t kRows = 4;        // channels per step over a planar tile
 constexpr int64_t kAccumulatorBytes = 48 << 10;
-constexpr int64_t kStudentPixels = 1 << 15;  // pixels and channels of a tile that only needs the student's gradient:
-constexpr int64_t kStudentChannels = 64;     // long rows in sequence, as a copy would read them
-constexpr int64_t kPiece = 1024;             // elements of such a row that are staged in the L1 cache
-constexpr int64_t kStreamBytes = 4 << 20;  // gradients from this size on bypass the caches
+constexpr int64_t kStudentPixels = 1 << 15;   // pixels and channels of a tile that only needs the student's gradient:
+constexpr int64_t kStudentChannels = 64;      // long rows in sequence, as a copy would read them
+constexpr int64_t kPiece = 1024;              // elements of such a row that are staged in the L1 cache
+constexpr int64_t kStreamBytes = 4 << 20;     // gradients from this size on bypass the caches
 constexpr int64_t kSerialElements = 1 << 15;  // below it, waking other threads costs more than it gains
 
 struct FreeDeleter {
@@ -56,10 +56,10 @@ struct Tile {
 
 struct Plan {
   const ReceptiveProblem* problem;
-  int64_t* first;          // [levels + 1] first task of each level
-  int64_t* size;           // [levels] pixels per tile
-  int64_t* tiles;          // [levels] tiles per image
-  bool student_only;       // no statistics to accumulate: tiles need not hold all channels
+  int64_t* first;     // [levels + 1] first task of each level
+  int64_t* size;      // [levels] pixels per tile
+  int64_t* tiles;     // [levels] tiles per image
+  bool student_only;  // no statistics to accumulate: tiles need not hold all channels
   int64_t total = 0, max_size = 0, max_channels = 0;
 
   int64_t channel_block(int64_t l) const {
@@ -79,8 +79,14 @@ struct Plan {
     const int64_t local = index - first[l], n = local / per_image(l), rest = local % per_image(l);
     const int64_t begin = rest % tiles[l] * size[l], left = level.pixels - begin;
     const int64_t channel = rest / tiles[l] * channel_block(l), last = channel + channel_block(l);
-    return {&level,  l,       n,       begin, left < size[l] ? left : size[l],
-            size[l], channel, last < level.channels ? last : level.channels};
+    return {&level,
+            l,
+            n,
+            begin,
+            left < size[l] ? left : size[l],
+            size[l],
+            channel,
+            last < level.channels ? last : level.channels};
   }
 };
 
@@ -140,8 +146,9 @@ MASKD_INLINE void accumulate_rows(const T* const* t, const T* const* s, const T*
 }
 
 template <typename T, bool kDistance>
-MASKD_INLINE void accumulate_chunk(int64_t chunk, const T* const* t, const T* const* s, const T* tokens, int64_t vectors,
-                                   T* logits, int64_t stride, T* distance, Vec<T>* sums, const int64_t* ahead) {
+MASKD_INLINE void accumulate_chunk(int64_t chunk, const T* const* t, const T* const* s, const T* tokens,
+                                   int64_t vectors, T* logits, int64_t stride, T* distance, Vec<T>* sums,
+                                   const int64_t* ahead) {
 #define MASKD_CASE(KC) \
   case KC:             \
     return accumulate_rows<T, KC, kDistance>(t, s, tokens, vectors, logits, stride, distance, sums, ahead)
@@ -178,9 +185,10 @@ void accumulate(const T* const* t, const T* const* s, const T* tokens, int64_t n
   } while (k < num_tokens);
 }
 
-// Sums of a run of one channel's pixels over the border sets it meets; sums[0], the total, is the caller's.
+// Calls visit(set, i) for every pixel i of a run that lies in a border set; set 0, the total, is the caller's.
 template <typename T, typename Visit>
 MASKD_INLINE void visit_borders(const ReceptiveLevel& level, int64_t begin, int64_t count, Visit visit) {
+  if (level.width == 0) return;
   const int64_t width = level.width, pixels = level.pixels, end = begin + count, last_row = pixels - width;
   for (int64_t p = begin; p < (end < width ? end : width); ++p) visit(1, p - begin);
   for (int64_t p = begin > last_row ? begin : last_row; p < end; ++p) visit(2, p - begin);
@@ -346,8 +354,7 @@ void finish_tile(const ReceptiveProblem& problem, const Tile& tile, const Forwar
     for (int64_t i = 0; i < padded; i += L) store(mask + i, sigmoid(load(mask + i)));
     for (int64_t i = tile.count; i < padded; ++i) mask[i] = T(0);
     const int64_t row = (tile.n * K + k) * P + column;
-    if (out.teacher_masks)
-      std::memcpy(static_cast<T*>(out.teacher_masks) + row, mask, size_t(tile.count) * sizeof(T));
+    if (out.teacher_masks) std::memcpy(static_cast<T*>(out.teacher_masks) + row, mask, size_t(tile.count) * sizeof(T));
     if (problem.customize) {
       const T* factor = scratch.student_logits + k * tile.stride;
       for (int64_t i = 0; i < padded; i += L) store(mask + i, load(mask + i) * sigmoid(load(factor + i)));
@@ -486,7 +493,8 @@ struct BackwardScratch {
   }
 };
 
-// coefficient[p] = 2 * (sum_k g_error[k] * mask[k,p]^2 + g_distance[p]), so that d student = coefficient * (student - teacher).
+// coefficient[p] = 2 * (sum_k g_error[k] * mask[k,p]^2 + g_distance[p]), so that d student = coefficient * (student -
+// teacher).
 template <typename T>
 void student_coefficient(const ReceptiveProblem& problem, const Tile& tile, const ReceptiveStats& saved,
                          const ReceptiveStats& grad, T* coefficient) {
@@ -594,9 +602,8 @@ struct BackwardTile {
         if (sums_grad) {
           const T* own = sums_grad + level.channel_offset + c;
           for (int64_t i = 0; i < count; ++i) row[i] += own[0];
-          if (level.width > 0)
-            visit_borders<T>(level, tile.begin, count,
-                             [&](int set, int64_t i) { row[i] += own[set * problem.total_channels]; });
+          visit_borders<T>(level, tile.begin, count,
+                           [&](int set, int64_t i) { row[i] += own[set * problem.total_channels]; });
         }
         write_run(level.grad_teacher, offset(level.grad_teacher, tile.n, c, tile.begin), count, row, stream);
       }
@@ -622,9 +629,7 @@ struct BackwardTile {
         if (sums_grad) {
           const T* own = sums_grad + level.channel_offset;
           add_run(row, own, C);
-          if (level.width > 0)
-            visit_borders<T>(level, p, 1,
-                             [&](int set, int64_t) { add_run(row, own + set * problem.total_channels, C); });
+          visit_borders<T>(level, p, 1, [&](int set, int64_t) { add_run(row, own + set * problem.total_channels, C); });
         }
         write_run(level.grad_teacher, offset(level.grad_teacher, tile.n, 0, p), C, row, stream);
       }
@@ -672,8 +677,10 @@ bool backward(const ReceptiveProblem& problem, const ReceptiveStats& saved, cons
   for (int64_t l = 0; stream && l < problem.num_levels; ++l) {
     const ReceptiveLevel& level = problem.levels[l];
     const int64_t elements = problem.batch * level.channels * level.pixels;
-    if (level.grad_student.present()) prefer_huge_pages(level.grad_student.data, elements * size_of(level.grad_student.dtype));
-    if (level.grad_teacher.present()) prefer_huge_pages(level.grad_teacher.data, elements * size_of(level.grad_teacher.dtype));
+    if (level.grad_student.present())
+      prefer_huge_pages(level.grad_student.data, elements * size_of(level.grad_student.dtype));
+    if (level.grad_teacher.present())
+      prefer_huge_pages(level.grad_teacher.data, elements * size_of(level.grad_teacher.dtype));
   }
   const int threads = worker_count(problem);
   const int64_t partial_size = tokens_wanted ? K * plan.max_channels : 0;
@@ -724,7 +731,8 @@ bool backward(const ReceptiveProblem& problem, const ReceptiveStats& saved, cons
       if (!result) continue;
       for (int64_t i = 0; i < K * level.channels; ++i) {
         double total = 0;
-        for (int64_t task = plan.first[l]; task < plan.first[l + 1]; ++task) total += double(partials[task * partial_size + i]);
+        for (int64_t task = plan.first[l]; task < plan.first[l + 1]; ++task)
+          total += double(partials[task * partial_size + i]);
         result[i] = T(total);
       }
     }

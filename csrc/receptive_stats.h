@@ -1,11 +1,13 @@
-// Sufficient statistics of masked distillation with receptive tokens (MasKD, arXiv 2205.14589), one pass over the features.
+// Sufficient statistics of masked distillation with receptive tokens (MasKD, arXiv 2205.14589), one pass over the
+// features.
 //
 //   logit[n,k,p] = sum_c tokens[k,c] * teacher[n,c,p]
 //   masks[n,k,p] = sigmoid(logit)                        (times sigmoid(tokens . student) where customized)
 //   distance[n,p] = sum_c (student - teacher)^2
 //   mass[n,k] = sum_p masks        error[n,k] = sum_p masks^2 * distance
 //   gram[n,k,l] = sum_p masks[k] * masks[l]
-//   sums[n,:,c] = sum of the teacher over: all pixels, first row, last row, first column, last column, and the four corners
+//   sums[n,:,c] = sum of the teacher over: all pixels, first row, last row, first column, last column, and the four
+//   corners
 //
 // Traffic in feature-map units (N*C*P elements): forward 2 reads; backward 2 reads and 1 write.
 #pragma once
@@ -16,18 +18,19 @@
 
 namespace maskd {
 
-constexpr int kBorderSums = 9;  // total, top, bottom, left, right, and the corners: top left, top right, bottom left, bottom right
+constexpr int kBorderSums =
+    9;  // total, top, bottom, left, right, and the corners: top left, top right, bottom left, bottom right
 
 struct ReceptiveLevel {
-  Feature teacher, student;              // [N, C, P]
-  Feature grad_teacher, grad_student;    // backward only; absent: not wanted
-  const void* tokens = nullptr;          // [K, C], compute type
-  void* grad_tokens = nullptr;           // [K, C], compute type; nullptr: not wanted
+  Feature teacher, student;            // [N, C, P]
+  Feature grad_teacher, grad_student;  // backward only; absent: not wanted
+  const void* tokens = nullptr;        // [K, C], compute type
+  void* grad_tokens = nullptr;         // [K, C], compute type; nullptr: not wanted
   int64_t channels = 0, pixels = 0;
-  bool interleaved = false;              // which axis is dense, alike in every feature of the level
-  int64_t width = 0;                     // columns of the image; used for the border sums only
-  int64_t pixel_offset = 0;              // where this level begins on the concatenated pixel axis
-  int64_t channel_offset = 0;            // and on the concatenated channel axis
+  bool interleaved = false;    // which axis is dense, alike in every feature of the level
+  int64_t width = 0;           // columns of the image; used for the border sums only
+  int64_t pixel_offset = 0;    // where this level begins on the concatenated pixel axis
+  int64_t channel_offset = 0;  // and on the concatenated channel axis
 };
 
 // Shapes: L levels, P the pixels and C the channels of all levels together. All in the compute type
@@ -56,10 +59,10 @@ using ReceptiveForward = bool (*)(const ReceptiveProblem&, const ReceptiveStats&
 // of every statistic (nullptr: zero). Writes the levels' grad_* fields. Returns false when memory ran out.
 using ReceptiveBackward = bool (*)(const ReceptiveProblem&, const ReceptiveStats& saved, const ReceptiveStats& grad);
 
-#define MASKD_DECLARE(isa)                                                                          \
-  namespace isa {                                                                                   \
-  bool receptive_forward(const ReceptiveProblem&, const ReceptiveStats&);                           \
-  bool receptive_backward(const ReceptiveProblem&, const ReceptiveStats&, const ReceptiveStats&);   \
+#define MASKD_DECLARE(isa)                                                                        \
+  namespace isa {                                                                                 \
+  bool receptive_forward(const ReceptiveProblem&, const ReceptiveStats&);                         \
+  bool receptive_backward(const ReceptiveProblem&, const ReceptiveStats&, const ReceptiveStats&); \
   }
 MASKD_DECLARE(baseline)
 MASKD_DECLARE(avx2)

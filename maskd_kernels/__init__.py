@@ -7,9 +7,9 @@ from maskd_kernels.functional import (
     MaskWeighting,
     dice_diversity,
     mask_weights,
+    maskd_loss,
     masked_features,
     masked_mse,
-    maskd_loss,
     receptive_masks,
 )
 from maskd_kernels.losses import MasKDLoss, MasKDSegLoss, MaskModule
@@ -27,9 +27,9 @@ __all__ = [
     "current_backend",
     "dice_diversity",
     "mask_weights",
+    "maskd_loss",
     "masked_features",
     "masked_mse",
-    "maskd_loss",
     "plot_masks",
     "receptive_masks",
     "use_backend",

@@ -7,6 +7,7 @@ Statistics and losses are float32 whatever the features are (float64 for float64
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, overload
 
@@ -144,15 +145,14 @@ def _stats(
     customize: bool | Tensor = False,
     sums: bool = False,
 ) -> ReceptiveStats:
-    """The operator, its inputs brought to the dtypes it takes: float64 is contagious, tokens are in the compute dtype."""
+    """The operator, its inputs brought to the dtypes it takes: one float64 makes all float64; tokens compute dtype."""
     tensors = [*teacher, *tokens, *student]
     if any(x.dtype == torch.float64 for x in tensors):
         teacher, student = [t.double() for t in teacher], [s.double() for s in student]
     tokens = [e.to(compute_dtype(teacher[0].dtype)) for e in tokens]
-    if isinstance(customize, Tensor):
-        flag = customize
-    else:
-        flag = torch.ones((), dtype=torch.bool, device=teacher[0].device) if customize else None
+    flag = customize if isinstance(customize, Tensor) else None
+    if customize is True:
+        flag = torch.ones((), dtype=torch.bool, device=teacher[0].device)
     return receptive_stats(teacher, tokens, student, flag, sums)
 
 
@@ -185,7 +185,7 @@ def _mask_weights(sums: Tensor, teacher: list[Tensor], weighting: Sequence[MaskW
             ],
             -1,
         )  # [N, C, 9]
-        mean = (shifted / max(t.shape[2:].numel(), 1)).flatten(1)
+        mean = (shifted / max(math.prod(t.shape[2:]), 1)).flatten(1)
         c, k = t.shape[1], w.projection_weight.shape[0]
         hidden = torch.addmm(w.conv_bias.to(mean.dtype), mean, w.conv_weight.to(mean.dtype).reshape(c, 9 * c).mT)
         logits = torch.addmm(
@@ -264,7 +264,7 @@ def receptive_masks(
     if s:
         _match_features(s, t)
     stats = _stats(t, e, s, customize=bool(s))
-    split = stats.masks.split([x.shape[2:].numel() for x in t], -1)
+    split = stats.masks.split([math.prod(x.shape[2:]) for x in t], -1)
     masks = [m.reshape(*m.shape[:2], *x.shape[2:]) for m, x in zip(split, t, strict=True)]
     return masks[0] if isinstance(teacher, Tensor) else masks
 
@@ -343,7 +343,7 @@ def masked_mse(
         channel_dim: 1, or -1 for features ``[N, *spatial, C]`` (masks stay ``[N, K, *spatial]``).
 
     Returns:
-        The loss, a float32 scalar (float64 for float64 features), differentiable in student, teacher, masks and weights.
+        The loss, a float32 scalar (float64 for float64 features), differentiable in all inputs.
 
     Raises:
         ValueError: shapes, level counts or devices that do not match.
@@ -376,7 +376,7 @@ def masked_mse(
     if w is not None:
         _match_count(w, "weights", t, "teacher")
     with _full_precision(t[0]):
-        distance = _stats(t, [], s).distance.split([x.shape[2:].numel() for x in t], -1)  # L x [N, P]
+        distance = _stats(t, [], s).distance.split([math.prod(x.shape[2:]) for x in t], -1)  # L x [N, P]
         flat = [mask.flatten(2).to(distance[0].dtype) for mask in m]  # L x [N, K, P]
         error = torch.stack([(x.square() @ d[..., None]).squeeze(-1) for x, d in zip(flat, distance, strict=True)])
         mass = torch.stack([x.sum(-1) for x in flat])

@@ -19,7 +19,10 @@ def _load() -> tuple[ModuleType | None, str | None]:
         importlib.import_module("torch")
         module = importlib.import_module("maskd_kernels._native")
     except ImportError as error:
-        return None, f"the C++ extension could not be loaded ({error}); it is built by `pip install` where a compiler is"
+        return (
+            None,
+            f"the C++ extension could not be loaded ({error}); it is built by `pip install` where a compiler is",
+        )
     isa = os.environ.get("MASKD_KERNELS_ISA")
     if isa:
         module.select_isa(isa)

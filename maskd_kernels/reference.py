@@ -6,6 +6,7 @@ The fallback backend, and the only oracle of tests and benches. Shapes: ``N`` ba
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -80,16 +81,14 @@ def receptive_stats(
                 border_indicator(raw.shape[2:], t) @ t.mT if sums else empty,
             )
         )
-    columns = zip(*levels, strict=True)
-    masks, teacher_masks, distance, mass, error, gram, border_sums = (list(column) for column in columns)
     return ReceptiveStats(
-        torch.cat(masks, -1),
-        torch.cat(teacher_masks, -1),
-        torch.cat(distance, -1),
-        torch.stack(mass),
-        torch.stack(error) if student else empty,
-        torch.stack(gram),
-        torch.cat(border_sums, -1),
+        masks=torch.cat([level.masks for level in levels], -1),
+        teacher_masks=torch.cat([level.teacher_masks for level in levels], -1),
+        distance=torch.cat([level.distance for level in levels], -1),
+        mass=torch.stack([level.mass for level in levels]),
+        error=torch.stack([level.error for level in levels]) if student else empty,
+        gram=torch.stack([level.gram for level in levels]),
+        sums=torch.cat([level.sums for level in levels], -1),
     )
 
 
@@ -112,7 +111,7 @@ def receptive_stats_backward(
     """
     grad_masks, _, grad_distance, grad_mass, grad_error, grad_gram, grad_sums = grad
     dtype = compute_dtype(teacher[0].dtype)
-    pixels = [t.shape[2:].numel() for t in teacher]
+    pixels = [math.prod(t.shape[2:]) for t in teacher]
     channels = [t.shape[1] for t in teacher]
 
     def split(x: Tensor | None, sizes: list[int]) -> list[Tensor | None]:
@@ -126,14 +125,16 @@ def receptive_stats_backward(
     for level, raw in enumerate(teacher):
         t = raw.flatten(2).to(dtype)
         m = masks[level]  # [N, K, P]
+        d, factor = distance[level], teacher_masks[level]
+        g_masks, g_distance, g_sums = upstream_masks[level], upstream_distance[level], upstream_sums[level]
         d_teacher = torch.zeros_like(t)
         if student:
             s = student[level].flatten(2).to(dtype)
             coefficient = t.new_zeros(t.shape[0], t.shape[2])  # [N, P]
             if grad_error is not None:
                 coefficient = coefficient + (grad_error[level][..., None] * m.square()).sum(1)
-            if upstream_distance[level] is not None:
-                coefficient = coefficient + upstream_distance[level]
+            if g_distance is not None:
+                coefficient = coefficient + g_distance
             d_student = 2 * coefficient[:, None] * (s - t)
             d_teacher = d_teacher - d_student
             if needs[2]:
@@ -144,20 +145,48 @@ def receptive_stats_backward(
         inner = torch.zeros_like(m)
         if grad_mass is not None:
             inner = inner + grad_mass[level][..., None]
-        if grad_error is not None and distance[level] is not None:
-            inner = inner + 2 * grad_error[level][..., None] * m * distance[level][:, None]
+        if grad_error is not None and d is not None:
+            inner = inner + 2 * grad_error[level][..., None] * m * d[:, None]
         if grad_gram is not None:
             inner = inner + (grad_gram[level] + grad_gram[level].mT) @ m
-        if upstream_masks[level] is not None:
-            inner = inner + upstream_masks[level]
-        factor = teacher_masks[level] if teacher_masks[level] is not None else m
-        d_logits = inner * m * (1 - factor)  # [N, K, P]
+        if g_masks is not None:
+            inner = inner + g_masks
+        d_logits = inner * m * (1 - (m if factor is None else factor))  # [N, K, P]
         if needs[1]:
             grad_tokens.append((d_logits @ t.mT).sum(0))
         if needs[0]:
             if tokens:
                 d_teacher = d_teacher + tokens[level].to(dtype).mT @ d_logits
-            if upstream_sums[level] is not None:
-                d_teacher = d_teacher + upstream_sums[level].mT @ border_indicator(raw.shape[2:], t)
+            if g_sums is not None:
+                d_teacher = d_teacher + g_sums.mT @ border_indicator(raw.shape[2:], t)
             grad_teacher.append(d_teacher.reshape(raw.shape).to(raw.dtype))
     return grad_teacher, grad_tokens, grad_student
+
+
+def published_maskd_loss(
+    student: Tensor,  # [N, C, H, W]
+    teacher: Tensor,  # [N, C, H, W]
+    tokens: Tensor,  # [K, C]
+    weighting: Sequence[Tensor] | None = None,  # conv_weight, conv_bias, projection_weight, projection_bias
+    customize: bool = False,
+    eps: float = 0.0,
+) -> Tensor:
+    """One level of the MasKD loss as published (equations 3, 5 and 6), step by step, with its ``[N, K, C, H, W]``.
+
+    Nothing simplified: what the fused loss is compared with, in tests and benches.
+    """
+    masks = (tokens @ teacher.flatten(2)).sigmoid().unflatten(-1, teacher.shape[2:])  # [N, K, H, W]
+    if customize:
+        with torch.no_grad():
+            student_masks = (tokens @ student.flatten(2)).sigmoid().unflatten(-1, student.shape[2:])
+        masks = masks * student_masks
+    masked_student = student[:, None] * masks[:, :, None]  # [N, K, C, H, W]
+    masked_teacher = teacher[:, None] * masks[:, :, None]
+    error = (masked_student - masked_teacher).square().sum((3, 4))  # [N, K, C]
+    error = error / (masks.sum((2, 3)) + eps)[..., None]
+    if weighting is None:
+        return error.mean()
+    conv_weight, conv_bias, projection_weight, projection_bias = weighting
+    hidden = torch.nn.functional.conv2d(teacher, conv_weight, conv_bias, padding=1).mean((2, 3), keepdim=True)
+    weights = torch.nn.functional.conv2d(hidden, projection_weight, projection_bias).flatten(1).softmax(-1)  # [N, K]
+    return (error.mean(-1) * weights).sum(-1).mean()

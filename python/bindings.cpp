@@ -99,8 +99,8 @@ PYBIND11_MODULE(_native, m) {
              return level;
            }),
            py::arg("teacher"), py::arg("student"), py::arg("grad_teacher"), py::arg("grad_student"), py::arg("tokens"),
-           py::arg("grad_tokens"), py::arg("channels"), py::arg("pixels"), py::arg("interleaved"), py::arg("width"), py::arg("pixel_offset"),
-           py::arg("channel_offset"));
+           py::arg("grad_tokens"), py::arg("channels"), py::arg("pixels"), py::arg("interleaved"), py::arg("width"),
+           py::arg("pixel_offset"), py::arg("channel_offset"));
 
   m.def(
       "receptive_forward",

@@ -13,7 +13,7 @@ def plot_masks(image: Tensor, masks: Tensor, path: str | os.PathLike[str], *, ti
     """Writes a PNG of the K masks over an image.
 
     Args:
-        image: ``[3, H, W]`` or ``[1, H, W]``; uint8, or floating, whose smallest and largest values become black and white.
+        image: ``[3, H, W]`` or ``[1, H, W]``; uint8, or floating: its smallest value becomes black, its largest white.
         masks: ``[K, h, w]`` with values from 0 to 1, of any size; they are interpolated to the image's.
         path: where the PNG goes.
         title: a line above.

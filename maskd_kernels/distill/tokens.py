@@ -108,7 +108,8 @@ class TokenTrainer(FrozenTeacher):
         if self._handle is None:
             raise RuntimeError("the trainer's hook has been removed; make a new TokenTrainer")
         self._set_teacher_mode()
-        self._dice = dice = []
+        dice: list[Tensor] = []
+        self._dice = dice
         try:
             output = self.teacher(*args, **kwargs)
         finally:
@@ -124,7 +125,7 @@ class TokenTrainer(FrozenTeacher):
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the tokens as the authors' detection code does: ``{"state_dict": {"mask_modules.0.mask_token": ...}}``.
+        """Writes the tokens as the authors' detection code does: ``mask_modules.*`` nested under ``state_dict``.
 
         ``MasKDLoss(pretrained=path)`` and, with one unweighted level, ``MasKDSegLoss(pretrained=path)`` read it.
         """

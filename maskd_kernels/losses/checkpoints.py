@@ -38,7 +38,9 @@ def read_state(source: Source) -> dict[str, Tensor]:
     if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get("state_dict"), Mapping):
         checkpoint = checkpoint["state_dict"]
     if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"pretrained: expected a mapping of names to tensors in {name}, got {type(checkpoint).__name__}")
+        raise ValueError(
+            f"pretrained: expected a mapping of names to tensors in {name}, got {type(checkpoint).__name__}"
+        )
     return {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
 
 
@@ -80,5 +82,7 @@ def load_tokens(module: nn.Module, source: Source, *, attribute: str) -> None:
         )
     for key, value in expected.items():
         if found[key].shape != value.shape:
-            raise ValueError(f"pretrained: {key}: expected {list(value.shape)}, got {list(found[key].shape)} in {where}")
+            raise ValueError(
+                f"pretrained: {key}: expected {list(value.shape)}, got {list(found[key].shape)} in {where}"
+            )
     getattr(module, attribute).load_state_dict({k[len(attribute) + 1 :]: v for k, v in found.items()}, strict=True)

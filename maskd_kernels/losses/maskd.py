@@ -42,7 +42,8 @@ class MaskModule(nn.Module):
 
     def __init__(self, channels: int, num_tokens: int = 6, weight_mask: bool = True) -> None:
         super().__init__()
-        _positive(channels, "channels"), _positive(num_tokens, "num_tokens")
+        _positive(channels, "channels")
+        _positive(num_tokens, "num_tokens")
         self.weight_mask = weight_mask
         self.mask_token = nn.Parameter(torch.randn(num_tokens, channels) * 0.01)
         if weight_mask:
@@ -51,18 +52,19 @@ class MaskModule(nn.Module):
                 nn.AdaptiveAvgPool2d(1),
                 nn.Conv2d(channels, num_tokens, kernel_size=1),
             )
-            for conv in (self.prob[0], self.prob[2]):
-                fan_out = conv.kernel_size[0] * conv.kernel_size[1] * conv.out_channels
-                nn.init.normal_(conv.weight, 0.0, math.sqrt(2.0 / fan_out))
-                nn.init.zeros_(conv.bias)
+            for parameter in self.prob.parameters():
+                if parameter.dim() == 4:
+                    fan_out = parameter.shape[0] * parameter.shape[2] * parameter.shape[3]
+                    nn.init.normal_(parameter, 0.0, math.sqrt(2.0 / fan_out))
+                else:
+                    nn.init.zeros_(parameter)
 
     @property
     def weighting(self) -> MaskWeighting | None:
         """The weighting's parameters; None without ``weight_mask``."""
         if not self.weight_mask:
             return None
-        conv, projection = self.prob[0], self.prob[2]
-        return MaskWeighting(conv.weight, conv.bias, projection.weight, projection.bias)
+        return MaskWeighting(*self.prob[0].parameters(), *self.prob[2].parameters())
 
     def forward_mask(self, x: Tensor) -> Tensor:
         """Masks ``[N, K, *spatial]`` of features ``[N, C, *spatial]``: ``sigmoid(tokens . x)``."""
@@ -171,8 +173,8 @@ class MasKDLoss(nn.Module):
             customize = self._iter >= self.custom_mask_warmup
             self._iter += 1
         loss = functional.maskd_loss(
-            y_s if isinstance(y_s, (list, tuple)) else [y_s],
-            y_t if isinstance(y_t, (list, tuple)) else [y_t],
+            [y_s] if isinstance(y_s, Tensor) else y_s,
+            [y_t] if isinstance(y_t, Tensor) else y_t,
             [m.mask_token for m in modules],
             weighting=[m.weighting for m in modules] if self.weight_mask else None,
             customize=customize,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ class Feature(NamedTuple):
 
 def dense_view(x: Tensor) -> Feature:  # x: [N, C, *spatial]
     """The features with the pixel axes merged. Copies only what strides cannot express (slices, expanded pixels)."""
-    n, c, pixels = x.shape[0], x.shape[1], x.shape[2:].numel()
+    n, c, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     try:
         flat = x.view(n, c, pixels)
     except RuntimeError:

@@ -7,7 +7,9 @@ its autograd rule, and the calls into the native and Triton kernels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -60,7 +62,7 @@ def _empty_stats(
     """Memory for the results; also the shapes that tracing sees."""
     dtype = compute_dtype(teacher[0].dtype)
     levels, n, k = len(teacher), teacher[0].shape[0], tokens[0].shape[0] if tokens else 0
-    pixels, channels = sum(t.shape[2:].numel() for t in teacher), sum(t.shape[1] for t in teacher)
+    pixels, channels = sum(math.prod(t.shape[2:]) for t in teacher), sum(t.shape[1] for t in teacher)
 
     def empty(*shape: int, wanted: bool = True) -> Tensor:
         return teacher[0].new_empty(shape if wanted else (0,), dtype=dtype)
@@ -89,7 +91,8 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     backend = backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype))
     if backend == "reference":
-        return tuple(reference.receptive_stats(teacher, tokens, student, customize, sums))
+        with torch.autocast(teacher[0].device.type, enabled=False):
+            return tuple(reference.receptive_stats(teacher, tokens, student, customize, sums))
     out = _empty_stats(teacher, tokens, student, customize is not None, sums)
     if backend == "native":
         _native_forward(teacher, tokens, student, customize, out)
@@ -138,8 +141,9 @@ def _backward(
     backend = backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype))
     results = _empty_gradients(teacher, tokens, student, needs)
     if backend == "reference":
-        computed = reference.receptive_stats_backward(teacher, tokens, student, stats, upstream, needs)
-        for destination, value in zip(sum(results, []), sum(computed, []), strict=True):
+        with torch.autocast(teacher[0].device.type, enabled=False):
+            computed = reference.receptive_stats_backward(teacher, tokens, student, stats, upstream, needs)
+        for destination, value in zip(chain(*results), chain(*computed), strict=True):
             destination.copy_(value)
     elif backend == "native":
         _native_backward(teacher, tokens, student, stats, upstream, results)
@@ -147,13 +151,14 @@ def _backward(
         from maskd_kernels.triton import receptive_stats as kernels
 
         kernels.backward(teacher, tokens, student, stats, upstream, results)
-    return sum(results, [])
+    return list(chain(*results))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    teacher, tokens, student, customize, _ = inputs
+    teacher, tokens, student, _, _ = inputs
     stats = ReceptiveStats(*output)
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(stats.teacher_masks)
     ctx.counts = len(teacher), len(tokens), len(student)
     # The backward needs the masks, their teacher factor and the distance; the reduced statistics are not kept.
     ctx.save_for_backward(*teacher, *tokens, *student, stats.masks, stats.teacher_masks, stats.distance)
@@ -166,11 +171,10 @@ def _autograd(ctx: Any, *grad: Tensor | None) -> tuple[Any, ...]:
     teacher, tokens = tensors[:teacher_count], tensors[teacher_count : teacher_count + tokens_count]
     student = tensors[teacher_count + tokens_count : -3]
     needs = [bool(needed) and any(needed) for needed in ctx.needs_input_grad[:3]]
-    if grad[1] is not None:
-        raise RuntimeError("receptive_stats: teacher_masks is not differentiable; differentiate masks instead")
     none = masks.new_empty(0)
     saved = [masks, teacher_masks, distance, none, none, none, none]
-    gradients = torch.ops.maskd_kernels.receptive_stats_backward(teacher, tokens, student, saved, list(grad), needs)
+    upstream = [None if g is None or g.numel() == 0 else g for g in grad]
+    gradients = torch.ops.maskd_kernels.receptive_stats_backward(teacher, tokens, student, saved, upstream, needs)
     result: list[Any] = []
     for needed, count in zip(needs, (teacher_count, tokens_count, student_count), strict=True):
         result.append(gradients[:count] if needed else [None] * count)
@@ -178,7 +182,12 @@ def _autograd(ctx: Any, *grad: Tensor | None) -> tuple[Any, ...]:
     return (*result, None, None)
 
 
+def _second_derivative(ctx: Any, *grad: Any) -> None:
+    raise NotImplementedError("receptive_stats: second derivatives are not implemented")
+
+
 torch.library.register_autograd(_NAME, _autograd, setup_context=_setup_context)
+torch.library.register_autograd(_BACKWARD_NAME, _second_derivative)
 
 
 # ---- The native kernels ------------------------------------------------------------------------
@@ -188,7 +197,8 @@ _ABSENT = (0, 0, 0, 0, 0)
 
 
 def _describe(view: Tensor) -> tuple[int, int, int, int, int]:  # [N, C, P]
-    return (view.data_ptr(), _DTYPE_CODES[view.dtype], *view.stride())
+    n, c, p = view.stride()
+    return view.data_ptr(), _DTYPE_CODES[view.dtype], n, c, p
 
 
 def _address(x: Tensor | None) -> int:
@@ -212,7 +222,7 @@ def _native_levels(
         s = layout.dense_view(student[i]).view if student else None
         token = tokens[i].contiguous() if tokens else None
         alive += [t] + [x for x in (s, token) if x is not None]
-        n, channels, pixels = t.shape
+        _, channels, pixels = t.shape
         levels.append(
             native.module().ReceptiveLevel(
                 teacher=_describe(t),

@@ -142,7 +142,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["rows", "row_size", "width", "begin", "out_n", "out_set"])
 def reduce_kernel(partials, out, rows, row_size, begin, width, out_n, out_set, BLOCK: tl.constexpr):
-    """out[n, set, :width] = sum over n's ``rows`` partial rows of their columns ``begin + set * width`` on, in order."""
+    """out[n, set, :width] = sum of n's ``rows`` partial rows, columns ``begin + set * width`` on, in order."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n = tl.program_id(1).to(tl.int64)
     which = tl.program_id(2)

@@ -1,0 +1,354 @@
+"""Operator ``receptive_stats`` on every backend against the float64 reference."""
+
+import pytest
+import torch
+from helpers import assert_close, check_stats, features
+
+from maskd_kernels import BackendUnavailableError, native, use_backend
+from maskd_kernels.ops.receptive_stats import receptive_stats
+
+LAYOUTS = [
+    "contiguous",
+    "channels_last",
+    "sliced",
+    "every_other",
+    "expanded_batch",
+    "expanded_pixels",
+    "expanded_channels",
+]
+
+
+def tokens_of(k, c, scale=0.5, dtype=torch.float32):
+    return (torch.randn(k, c, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+
+
+def problem(shape, k=6, dtype=torch.float32, layout="contiguous"):
+    e = tokens_of(k, shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    return [features(shape, dtype, layout)], [e], [features(shape, dtype, layout)]
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 10, 7, 9), (1, 4, 1, 1), (2, 19, 8, 16), (1, 3, 5, 1), (2, 37, 1, 131), (1, 2, 40, 33)]
+)
+@pytest.mark.parametrize("upstream", ["random", "sum"])
+def test_images(backend, shape, upstream):
+    check_stats(backend, *problem(shape), upstream=upstream)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layouts_and_dtypes(backend, layout, dtype):
+    check_stats(backend, *problem((2, 19, 7, 9), dtype=dtype, layout=layout))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_float64(layout):
+    for backend in ["reference"] + ["native"] * native.available():
+        check_stats(backend, *problem((2, 19, 7, 9), dtype=torch.float64, layout=layout))
+
+
+@pytest.mark.parametrize("spatial", [(11,), (40,), (3, 4, 5)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_sequences_and_volumes(backend, spatial, layout):
+    check_stats(backend, *problem((2, 12, *spatial), layout=layout))
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 8, 9, 16, 17, 64])
+def test_token_counts(backend, k):
+    check_stats(backend, *problem((2, 10, 5, 7), k=k))
+
+
+@pytest.mark.parametrize("c", [1, 2, 3, 5, 16, 33, 257])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_channel_counts(backend, c, layout):
+    check_stats(backend, *problem((1, c, 4, 5), layout=layout))
+
+
+@pytest.mark.parametrize("c", [2048, 4096])
+def test_many_channels(c):
+    for backend in ["reference"] + ["native"] * native.available():
+        t, _, s = problem((1, c, 3, 5))
+        check_stats(backend, t, [tokens_of(6, c, scale=0.02)], s)
+
+
+@pytest.mark.parametrize("flag", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_customized_masks(backend, flag, layout):
+    check_stats(backend, *problem((2, 10, 7, 9), layout=layout), customize=torch.tensor(flag))
+
+
+@pytest.mark.parametrize(("student", "teacher"), [("contiguous", "channels_last"), ("channels_last", "contiguous")])
+@pytest.mark.parametrize("spatial", [(7, 9), (1, 1)])
+def test_layouts_that_differ(backend, student, teacher, spatial):
+    t, e, _ = problem((2, 10, *spatial), layout=teacher)
+    check_stats(backend, t, e, [features((2, 10, *spatial), layout=student)], customize=torch.tensor(True))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float16, torch.bfloat16)],
+)
+def test_dtypes_that_differ(backend, student, teacher):
+    t, e, _ = problem((2, 10, 7, 9), dtype=teacher)
+    check_stats(backend, t, e, [features((2, 10, 7, 9), student)])
+
+
+def test_pyramid(backend):
+    shapes = [(2, 10, 13, 17), (2, 6, 7, 9), (2, 10, 4, 5), (2, 1, 2, 3), (2, 10, 1, 1)]
+    levels = [problem(shape) for shape in shapes]
+    t, e, s = ([x for level in levels for x in level[i]] for i in range(3))
+    check_stats(backend, t, e, s, customize=torch.tensor(True))
+
+
+def test_levels_equal_single_calls(backend):
+    """Bitwise: a level's result does not depend on what else is in the call."""
+    levels = [problem((2, 10, 7, 9)), problem((2, 6, 4, 5))]
+    t, e, s = ([x.detach() for level in levels for x in level[i]] for i in range(3))
+    together = receptive_stats(t, e, s, None, True)
+    for i in range(2):
+        alone = receptive_stats([t[i]], [e[i]], [s[i]], None, True)
+        assert torch.equal(together.error[i], alone.error[0])
+        assert torch.equal(together.gram[i], alone.gram[0])
+
+
+def test_without_student(backend):
+    t, e, _ = problem((2, 10, 7, 9))
+    check_stats(backend, t, e, [])
+
+
+def test_distance_alone(backend):
+    t, _, s = problem((2, 10, 7, 9))
+    check_stats(backend, t, [], s)
+
+
+@pytest.mark.parametrize("wanted", ["student", "teacher", "tokens", "student and tokens"])
+def test_only_what_requires_gradients(backend, wanted):
+    t, e, s = problem((2, 10, 7, 9))
+    for name, levels in (("teacher", t), ("tokens", e), ("student", s)):
+        levels[0].requires_grad_(name in wanted)
+    check_stats(backend, t, e, s)
+
+
+@pytest.mark.parametrize("value", [-40.0, 40.0])
+def test_saturated_masks(backend, value):
+    """Logits of +-40: masks of 1 and of 4e-18, finite everywhere."""
+    t = torch.ones(1, 4, 3, 5).requires_grad_()
+    e = torch.full((2, 4), value / 4).requires_grad_()
+    s = features((1, 4, 3, 5))
+    with use_backend(backend):
+        stats = receptive_stats([t], [e], [s], None, True)
+        gradients = torch.autograd.grad(sum(x.sum() for x in stats if x.requires_grad), [t, e, s])
+    expected = torch.sigmoid(torch.tensor(value, dtype=torch.float64))
+    torch.testing.assert_close(stats.masks.double(), expected.expand(1, 2, 15), rtol=2e-6, atol=0)
+    assert all(g.isfinite().all() for g in gradients)
+
+
+def test_nan_is_not_hidden(backend):
+    t, e, s = (x[0].detach() for x in problem((1, 10, 7, 9)))
+    t[0, 3, 2, 4] = float("nan")
+    with use_backend(backend):
+        stats = receptive_stats([t], [e], [s], None, True)
+    assert stats.masks[0, :, 2 * 9 + 4].isnan().all()
+    assert stats.mass.isnan().all()
+    assert stats.error.isnan().all()
+    assert stats.masks.isnan().sum() == 6
+
+
+@pytest.mark.parametrize("shape", [(0, 10, 7, 9), (2, 10, 0, 9)])
+def test_empty(backend, shape):
+    t, e, s = problem(shape)
+    with use_backend(backend):
+        stats = receptive_stats(t, e, s, torch.tensor(True), True)
+        gradients = torch.autograd.grad(sum(x.sum() for x in stats if x.requires_grad), [*t, *e, *s])
+    assert all((x == 0).all() for x in stats)
+    assert (gradients[1] == 0).all()
+    assert [g.shape for g in gradients] == [x[0].shape for x in (t, e, s)]
+
+
+def test_backward_twice(backend):
+    """A second backward gives the same, and neither inputs nor upstream gradients are touched."""
+    t, e, s = problem((2, 10, 7, 9))
+    inputs = [*t, *e, *s]
+    before = [x.detach().clone() for x in inputs]
+    with use_backend(backend):
+        stats = receptive_stats(t, e, s, None, True)
+        upstream = torch.randn_like(stats.error)
+        kept = upstream.clone()
+        first = torch.autograd.grad(stats.error, inputs, upstream, retain_graph=True)
+        second = torch.autograd.grad(stats.error, inputs, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(upstream, kept)
+    assert all(torch.equal(a.detach(), b) for a, b in zip(inputs, before, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_repeatable(layout):
+    """A hundred runs, bit for bit, also with another number of threads."""
+    if not native.available():
+        pytest.skip(f"native: {native.why_unavailable()}")
+    t, e, s = problem((2, 64, 50, 84), layout=layout)
+    inputs, threads = [*t, *e, *s], torch.get_num_threads()
+
+    def results():
+        stats = receptive_stats(t, e, s, None, True)
+        return [*stats, *torch.autograd.grad(stats.error.sum() + stats.gram.sum(), inputs)]
+
+    with use_backend("native"):
+        expected = results()
+        try:
+            for run in range(100):
+                torch.set_num_threads(1 + run % 3)
+                assert all(torch.equal(a, b) for a, b in zip(results(), expected, strict=True)), f"run {run}"
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_every_instruction_set():
+    if not native.available():
+        pytest.skip(f"native: {native.why_unavailable()}")
+    module = native.module()
+    assert module.isas()[-1] == "baseline"
+    best = module.isa()
+    try:
+        for isa in module.isas():
+            module.select_isa(isa)
+            for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+                for layout in ("contiguous", "channels_last"):
+                    check_stats(
+                        "native", *problem((2, 19, 7, 19), dtype=dtype, layout=layout), customize=torch.tensor(True)
+                    )
+    finally:
+        module.select_isa(best)
+    with pytest.raises(ValueError, match="'sse9' is unknown"):
+        module.select_isa("sse9")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_conversions_match_torch(dtype):
+    """Every half value reads exactly, and gradients round to nearest even, subnormals, overflow and NaN included."""
+    if not native.available():
+        pytest.skip(f"native: {native.why_unavailable()}")
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[every.isfinite()]
+    t = torch.zeros(1, 1, every.numel(), dtype=dtype)
+    with use_backend("native"):
+        distance = receptive_stats([t], [], [every.reshape(1, 1, -1)]).distance
+        assert torch.equal(distance.flatten(), every.float().square())
+        # d student = 2 * upstream * (student - teacher): with student 0.5, the upstream gradient itself, rounded.
+        s = torch.full((1, 1, 200_000), 0.5, dtype=dtype, requires_grad=True)
+        values = torch.randn(200_000) * torch.logspace(-12, 6, 200_000)
+        values[:3] = torch.tensor([65519.99, 65520.0, 1e9])
+        distance = receptive_stats([torch.zeros_like(s)], [], [s]).distance
+        (gradient,) = torch.autograd.grad(distance, s, values[None])
+    assert torch.equal(gradient.flatten(), values.to(dtype))
+
+
+def test_large_gradients_stream():
+    """Past the size from which stores bypass the caches, odd sizes and offsets included."""
+    if not native.available():
+        pytest.skip(f"native: {native.why_unavailable()}")
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout in ("contiguous", "channels_last"):
+            check_stats("native", *problem((1, 67, 173, 191), dtype=dtype, layout=layout))
+            t, e, s = problem((1, 67, 173, 191), dtype=dtype, layout=layout)
+            t[0].requires_grad_(False), e[0].requires_grad_(False)
+            check_stats("native", t, e, s)
+
+
+def test_gradcheck():
+    (t,), (e,), (s,) = problem((2, 3, 3, 4), k=3, dtype=torch.float64)
+    for backend in ["reference"] + ["native"] * native.available():
+        # Customized masks are left to the golden vectors: by definition they hide a gradient from the student.
+        for customize in (None, torch.tensor(False)):
+
+            def function(a, b, c, customize=customize):
+                stats = receptive_stats([a], [b], [c], customize, True)
+                return tuple(x for x in stats if x.requires_grad)
+
+            with use_backend(backend):
+                assert torch.autograd.gradcheck(function, (t, e, s))
+
+
+def test_second_derivative_raises(backend):
+    t, e, s = problem((1, 4, 3, 3))
+    with use_backend(backend):
+        stats = receptive_stats(t, e, s, None, False)
+        (gradient,) = torch.autograd.grad(stats.error.sum(), s, create_graph=True)
+        with pytest.raises(NotImplementedError, match="second derivatives"):
+            torch.autograd.grad(gradient.sum(), s)
+
+
+def test_teacher_masks_are_not_differentiable(backend):
+    t, e, s = problem((1, 4, 3, 3))
+    with use_backend(backend):
+        stats = receptive_stats(t, e, s, torch.tensor(True), False)
+        assert not stats.teacher_masks.requires_grad
+        assert stats.masks.requires_grad
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_opcheck(backend, requires_grad):
+    levels = [problem((2, 10, 7, 9)), problem((2, 6, 4, 5), layout="channels_last")]
+    t, e, s = ([x.detach().requires_grad_(requires_grad) for level in levels for x in level[i]] for i in range(3))
+    operator = torch.ops.maskd_kernels.receptive_stats.default
+    with use_backend(backend):
+        torch.library.opcheck(operator, (t, e, s, torch.tensor(True), True))
+        torch.library.opcheck(operator, (t, e, [], None, False))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(backend, dynamic):
+    """One graph, forward and backward; with dynamic shapes a new size recompiles nothing."""
+    torch._dynamo.reset()
+    compilations = []
+
+    def counting(graph, inputs):
+        compilations.append(1)
+        return graph.forward
+
+    def function(t, e, s):
+        stats = receptive_stats([t], [e], [s], None, True)
+        return stats.error / stats.mass + stats.gram.sum(-1), stats.sums
+
+    with use_backend(backend):
+        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
+        counted = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=counting)
+        for size in ((7, 9), (6, 11)) if dynamic else ((7, 9),):
+            (t,), (e,), (s,) = problem((2, 10, *size))
+            outputs = [f(t, e, s) for f in (function, compiled)]
+            gradients = [torch.autograd.grad(sum(x.square().sum() for x in out), [t, e, s]) for out in outputs]
+            for a, b in zip((*outputs[0], *gradients[0]), (*outputs[1], *gradients[1]), strict=True):
+                assert_close(b, a, 2e-6, "compiled")
+            counted(t, e, s)
+        assert len(compilations) == 1
+
+
+def test_autocast_changes_nothing(backend):
+    t, e, s = problem((2, 10, 7, 9))
+    with use_backend(backend):
+        plain = receptive_stats(t, e, s, None, True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast = receptive_stats(t, e, s, None, True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+def test_forced_backend_that_cannot_run():
+    t, e, s = problem((1, 4, 3, 3), dtype=torch.float64)
+    with use_backend("triton"), pytest.raises(BackendUnavailableError, match=r"'triton' .* float64"):
+        receptive_stats(t, e, s)
+    meta = [torch.empty(1, 4, 3, 3, device="meta")]
+    with use_backend("native"):
+        stats = receptive_stats(meta, [torch.empty(2, 4, device="meta")], meta)
+    assert stats.masks.shape == (1, 2, 9)
+
+
+@pytest.mark.gpu
+def test_int64_offsets():
+    """More than 2^31 elements in one map."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU: 17 GB of features")
+    t = torch.randn(1, 4096, 1024, 528, device="cuda", dtype=torch.bfloat16)
+    e = torch.randn(1, 4096, device="cuda") * 0.01
+    stats = receptive_stats([t], [e], [t], None, False)
+    expected = (e @ t[0, :, -1, -8:].float()).sigmoid()
+    torch.testing.assert_close(stats.masks[0, :, -8:], expected, rtol=1e-3, atol=1e-3)
