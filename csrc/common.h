@@ -67,6 +67,30 @@ MASKD_INLINE T horizontal_sum(Vec<T> v) {
   return lanes[0];
 }
 
+// sums[i] = the sum of v[i]'s lanes, for eight vectors at once: a tree that halves the lanes and pairs the vectors.
+MASKD_INLINE void lane_sums(const Vec<float>* v, float* sums) {
+  Vec<float> half[4], quarter[2];
+  for (int i = 0; i < 4; ++i) {
+    const Vec<float> x = v[2 * i], y = v[2 * i + 1];
+    half[i] = __builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+              __builtin_shufflevector(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const Vec<float> x = half[2 * i], y = half[2 * i + 1];
+    quarter[i] = __builtin_shufflevector(x, y, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+                 __builtin_shufflevector(x, y, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  }
+  const Vec<float> x = quarter[0], y = quarter[1];
+  const Vec<float> pairs = __builtin_shufflevector(x, y, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                           __builtin_shufflevector(x, y, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  const int lane[8] = {0, 8, 4, 12, 2, 10, 6, 14};
+  for (int i = 0; i < 8; ++i) sums[i] = pairs[lane[i]] + pairs[lane[i] + 1];
+}
+
+MASKD_INLINE void lane_sums(const Vec<double>* v, double* sums) {
+  for (int i = 0; i < 8; ++i) sums[i] = horizontal_sum<double>(v[i]);
+}
+
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // 1 / (1 + exp(-x)). exp by the Cephes polynomial: below 2 units in the last place over the clamped range, NaN kept.

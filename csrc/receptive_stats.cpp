@@ -11,6 +11,7 @@ namespace maskd {
 namespace {
 
 constexpr int64_t kTokenChunk = 8;  // accumulators that fit the registers beside the rows
+constexpr int64_t kSums = 8;        // lane sums taken at a time
 constexpr int64_t kRows = 4;        // channels per step over a planar tile
 constexpr int64_t kAccumulatorBytes = 48 << 10;
 constexpr int64_t kStudentPixels = 1 << 15;   // pixels and channels of a tile that only needs the student's gradient:
@@ -210,7 +211,7 @@ struct ForwardScratch {
     distance = arena.take<T>(tile);
     rows = arena.take<T>(2 * kRows * run);
     tails = arena.take<T>(2 * kRows * kLanes<T>);
-    packed = arena.take<T>(problem.num_tokens * (kRows > 1 ? kRows : 1));
+    packed = arena.take<T>(problem.num_tokens * round_up(channels > kRows ? channels : kRows, kLanes<T>));
   }
 };
 
@@ -277,28 +278,57 @@ void forward_planar(const ReceptiveProblem& problem, const Tile& tile, const For
 
 // ---- Forward, interleaved ----------------------------------------------------------------------
 
-template <typename T, int KC>
-MASKD_INLINE void dot_tokens(const T* x, const T* tokens, int64_t C, T* logits, int64_t stride) {
+// One pixel against a chunk of tokens, and its distance: lane-wise products, to be summed by lane_sums. `channels` is
+// whole vectors; token rows are `channels` apart.
+template <typename T, int KC, bool kDistance>
+MASKD_INLINE void multiply_tokens(const T* t, const T* s, const T* tokens, int64_t channels, Vec<T>* products) {
   constexpr int64_t L = kLanes<T>;
-  Vec<T> dot[KC] = {};
-  int64_t c = 0;
-  for (; c + L <= C; c += L) {
-    const Vec<T> v = load(x + c);
-    for (int k = 0; k < KC; ++k) dot[k] += v * load(tokens + k * C + c);
+  Vec<T> product[kSums] = {};
+  for (int64_t c = 0; c < channels; c += L) {
+    const Vec<T> v = load(t + c);
+    for (int k = 0; k < KC; ++k) product[k] += v * load(tokens + k * channels + c);
+    if (kDistance) {
+      const Vec<T> d = load(s + c) - v;
+      product[KC] += d * d;
+    }
   }
-  for (int k = 0; k < KC; ++k) {
-    T total = horizontal_sum<T>(dot[k]);
-    for (int64_t rest = c; rest < C; ++rest) total += x[rest] * tokens[k * C + rest];
-    logits[k * stride] = total;
-  }
+  for (int i = 0; i < kSums; ++i) products[i] = product[i];
 }
 
+// logits[k * stride] = tokens[k] . t, and distance[0] = |s - t|^2 where a distance is wanted.
 template <typename T>
-void dot_all_tokens(const T* x, const T* tokens, int64_t num_tokens, int64_t C, T* logits, int64_t stride) {
+void dot_tokens(const T* t, const T* s, const T* tokens, int64_t num_tokens, int64_t channels, T* logits,
+                int64_t stride, T* distance) {
   int64_t k = 0;
-  for (; k + 4 <= num_tokens; k += 4) dot_tokens<T, 4>(x, tokens + k * C, C, logits + k * stride, stride);
-  for (; k + 2 <= num_tokens; k += 2) dot_tokens<T, 2>(x, tokens + k * C, C, logits + k * stride, stride);
-  for (; k < num_tokens; ++k) dot_tokens<T, 1>(x, tokens + k * C, C, logits + k * stride, stride);
+  do {
+    const int64_t chunk = num_tokens - k < kSums - 1 ? num_tokens - k : kSums - 1;
+    const T* e = tokens + k * channels;
+    Vec<T> products[kSums] = {};
+#define MASKD_CASE(KC)                                            \
+  case KC:                                                        \
+    if (distance)                                                 \
+      multiply_tokens<T, KC, true>(t, s, e, channels, products);  \
+    else                                                          \
+      multiply_tokens<T, KC, false>(t, s, e, channels, products); \
+    break
+    switch (chunk) {
+      MASKD_CASE(0);
+      MASKD_CASE(1);
+      MASKD_CASE(2);
+      MASKD_CASE(3);
+      MASKD_CASE(4);
+      MASKD_CASE(5);
+      MASKD_CASE(6);
+      MASKD_CASE(7);
+    }
+#undef MASKD_CASE
+    T sums[kSums];
+    lane_sums(products, sums);
+    for (int64_t i = 0; i < chunk; ++i) logits[(k + i) * stride] = sums[i];
+    if (distance) *distance = sums[chunk];
+    distance = nullptr;
+    k += chunk;
+  } while (k < num_tokens);
 }
 
 template <typename T>
@@ -306,32 +336,39 @@ void add_run(T* to, const T* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
+// The run itself where it is whole vectors, else a copy with zeros behind it.
+template <typename T>
+MASKD_INLINE const T* whole_vectors(const T* run, int64_t count, T* buffer) {
+  if (count % kLanes<T> == 0) return run;
+  if (run != buffer) std::memcpy(buffer, run, size_t(count) * sizeof(T));
+  for (int64_t i = count; i < round_up(count, kLanes<T>); ++i) buffer[i] = T(0);
+  return buffer;
+}
+
 template <typename T>
 void forward_interleaved(const ReceptiveProblem& problem, const Tile& tile, const ForwardScratch<T>& scratch, T* sums) {
-  constexpr int64_t L = kLanes<T>;
   const ReceptiveLevel& level = *tile.level;
-  const int64_t K = problem.num_tokens, C = level.channels;
-  const T* tokens = static_cast<const T*>(level.tokens);
-  T* student_buffer = scratch.rows + round_up(C, L);
+  const int64_t K = problem.num_tokens, C = level.channels, padded = round_up(C, kLanes<T>);
+  for (int64_t k = 0; k < K; ++k) {
+    for (int64_t c = 0; c < padded; ++c)
+      scratch.packed[k * padded + c] = c < C ? static_cast<const T*>(level.tokens)[k * C + c] : T(0);
+  }
+  T* student_buffer = scratch.rows + padded;
+  const bool with_student = level.student.present();
 
   for (int64_t i = 0; i < tile.count; ++i) {
     const int64_t p = tile.begin + i;
     const T* t = read_run(level.teacher, tile.n * level.teacher.stride_n + p * level.teacher.stride_p, C, scratch.rows);
-    dot_all_tokens(t, tokens, K, C, scratch.logits + i, tile.stride);
-    if (level.student.present()) {
-      const T* s =
-          read_run(level.student, tile.n * level.student.stride_n + p * level.student.stride_p, C, student_buffer);
-      Vec<T> squares{};
-      int64_t c = 0;
-      for (; c + L <= C; c += L) {
-        const Vec<T> d = load(s + c) - load(t + c);
-        squares += d * d;
-      }
-      T total = horizontal_sum<T>(squares);
-      for (; c < C; ++c) total += (s[c] - t[c]) * (s[c] - t[c]);
-      scratch.distance[i] = total;
-      if (problem.customize) dot_all_tokens(s, tokens, K, C, scratch.student_logits + i, tile.stride);
+    t = whole_vectors(t, C, scratch.rows);
+    const T* s = nullptr;
+    if (with_student) {
+      s = read_run(level.student, tile.n * level.student.stride_n + p * level.student.stride_p, C, student_buffer);
+      s = whole_vectors(s, C, student_buffer);
     }
+    dot_tokens(t, s, scratch.packed, K, padded, scratch.logits + i, tile.stride,
+               with_student ? scratch.distance + i : nullptr);
+    if (problem.customize)
+      dot_tokens<T>(s, nullptr, scratch.packed, K, padded, scratch.student_logits + i, tile.stride, nullptr);
     if (sums) {
       add_run(sums, t, C);
       visit_borders<T>(level, p, 1, [&](int set, int64_t) { add_run(sums + set * C, t, C); });
@@ -642,12 +679,13 @@ struct BackwardTile {
   // Leaves coefficient * (student - teacher) in grad_row and, where wanted, in the student's gradient.
   template <typename Coefficient>
   MASKD_INLINE void student_run(const T* t, int64_t c, int64_t p, int64_t count, Coefficient coefficient) const {
-    if (!level.student.present()) return;
+    if (!level.student.present() || !(level.grad_student.present() || level.grad_teacher.present())) return;
     const T* s = read_run(level.student, offset(level.student, tile.n, c, p), count, scratch.student_row);
-    T* row = scratch.grad_row;
+    const Feature& result = level.grad_student;
+    const bool in_place = !level.grad_teacher.present() && !stream && result.dtype == kDType<T>;
+    T* row = in_place ? static_cast<T*>(result.data) + offset(result, tile.n, c, p) : scratch.grad_row;
     for (int64_t i = 0; i < count; ++i) row[i] = coefficient(i) * (s[i] - t[i]);
-    if (level.grad_student.present())
-      write_run(level.grad_student, offset(level.grad_student, tile.n, c, p), count, row, stream);
+    if (result.present() && !in_place) write_run(result, offset(result, tile.n, c, p), count, row, stream);
   }
 
   void start_teacher_run(T* row, int64_t count) const {

@@ -4,8 +4,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1" if not os.environ.get("MASKD_TEST_
 
 import pytest
 import torch
+from helpers import DEVICE
 
-from maskd_kernels import backends, native
+from maskd_kernels import backends
 
 
 @pytest.fixture(autouse=True)
@@ -25,16 +26,11 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = previous
 
 
-BACKENDS = ["reference", "native", "triton"]
-
-
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=["reference", "native", "triton"])
 def backend(request):
     """Each backend in turn: Triton by its interpreter where there is no GPU."""
-    name = request.param
-    if name == "native" and not native.available():
-        pytest.skip(f"native: {native.why_unavailable()}")
-    if name == "triton" and backends.why_no_triton("cpu"):
-        pytest.skip(f"triton: {backends.why_no_triton('cpu')}")
-    with backends.use_backend(name):
-        yield name
+    reason = backends.why_unavailable(request.param, DEVICE, torch.float32)
+    if reason:
+        pytest.skip(f"{request.param}: {reason}")
+    with backends.use_backend(request.param):
+        yield request.param

@@ -1,10 +1,14 @@
 """What the tests share: making features, and comparing results with a worst case that is named."""
 
+import os
+
 import torch
 
 from maskd_kernels import reference, use_backend
 from maskd_kernels.ops.receptive_stats import receptive_stats
 from maskd_kernels.reference import ReceptiveStats
+
+DEVICE = "cuda" if os.environ.get("MASKD_TEST_GPU") else "cpu"
 
 # Largest error allowed, relative to the largest value: for inputs of this dtype, whatever else is measured.
 CAP = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -13,15 +17,15 @@ CAP = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfl
 def features(shape, dtype=torch.float32, layout="contiguous", scale=1.0, grad=True):
     """Random features of a memory layout that kernels get wrong; values lie on both sides of zero."""
     n, c, *spatial = shape
-    x = torch.randn(shape, dtype=torch.float64).mul(scale).to(dtype)
+    x = torch.randn(shape, dtype=torch.float64).mul(scale).to(DEVICE, dtype)
     if layout == "channels_last":
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     elif layout == "sliced":
-        padded = torch.randn(n, c + 3, *(s + 2 for s in spatial)).to(dtype)
+        padded = torch.randn(n, c + 3, *(s + 2 for s in spatial)).to(DEVICE, dtype)
         padded[(slice(None), slice(1, c + 1), *(slice(1, s + 1) for s in spatial))] = x
         x = padded[(slice(None), slice(1, c + 1), *(slice(1, s + 1) for s in spatial))]
     elif layout == "every_other":
-        wide = torch.zeros(n, c, *spatial[:-1], 2 * spatial[-1], dtype=dtype)
+        wide = torch.zeros(n, c, *spatial[:-1], 2 * spatial[-1], dtype=dtype, device=DEVICE)
         wide[..., ::2] = x
         x = wide[..., ::2]
     elif layout == "expanded_batch":
@@ -60,7 +64,7 @@ def differentiate(stats, inputs, upstream):
         if name == "teacher_masks" or not x.requires_grad:
             continue
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
-        total = total + (x.sum() if upstream == "sum" else (x * noise.to(x.dtype)).sum())
+        total = total + (x.sum() if upstream == "sum" else (x * noise.to(x)).sum())
     return torch.autograd.grad(total, inputs, allow_unused=True)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import DEVICE
 
 from maskd_kernels import MasKDLoss, MasKDSegLoss, MaskModule, use_backend
 
@@ -14,7 +15,9 @@ GOLDEN = Path(__file__).parent / "golden"
 def load(name, dtype):
     with np.load(GOLDEN / f"{name}.npz") as archive:
         return {
-            key: torch.from_numpy(archive[key]).to(dtype) if archive[key].dtype == np.float64 else archive[key].item()
+            key: torch.from_numpy(archive[key]).to(DEVICE, dtype)
+            if archive[key].dtype == np.float64
+            else archive[key].item()
             for key in archive.files
         }
 
@@ -40,7 +43,7 @@ def detection(name, dtype):
         custom_mask_warmup=0,
         loss_weight=float(golden["loss_weight"]),
         train_tokens=True,
-    ).to(dtype)
+    ).to(DEVICE, dtype)
     loss_fn.load_state_dict(parameters(golden), strict=True)
     loss = loss_fn(student, teacher)
     loss.backward()
@@ -53,7 +56,7 @@ def detection(name, dtype):
 def segmentation(name, dtype):
     golden = load(f"maskd_seg_{name}", dtype)
     student, teacher = golden["student"].requires_grad_(), golden["teacher"].requires_grad_()
-    loss_fn = MasKDSegLoss(channels=19, num_tokens=8, train_tokens=True).to(dtype)
+    loss_fn = MasKDSegLoss(channels=19, num_tokens=8, train_tokens=True).to(DEVICE, dtype)
     loss_fn.load_state_dict(parameters(golden), strict=True)
     loss = loss_fn(student, teacher)
     loss.backward()
@@ -63,7 +66,7 @@ def segmentation(name, dtype):
 def mask_module(name, dtype):
     golden = load(f"mask_module_{name}", dtype)
     x = golden["x"].requires_grad_()
-    module = MaskModule(channels=x.shape[1], weight_mask=golden["weight_mask"]).to(dtype)
+    module = MaskModule(channels=x.shape[1], weight_mask=golden["weight_mask"]).to(DEVICE, dtype)
     module.load_state_dict(parameters(golden), strict=True)
     out, dice = module(x)
     torch.autograd.backward([out, dice], [golden["grad_out"], golden["grad_dice"]])
@@ -113,4 +116,4 @@ def test_released_tokens_load():
     released = GOLDEN / "maskd_seg_deeplabv3_r101_cityscapes_tokens.pth"
     tokens = MasKDSegLoss(channels=19, pretrained=released).mask_module.mask_token
     golden = load("maskd_seg_learned_tokens", torch.float64)
-    torch.testing.assert_close(tokens.double(), golden["param.mask_module.mask_token"], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(tokens.double(), golden["param.mask_module.mask_token"].cpu(), rtol=1e-6, atol=1e-7)

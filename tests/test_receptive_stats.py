@@ -2,24 +2,22 @@
 
 import pytest
 import torch
-from helpers import assert_close, check_stats, features
+from helpers import DEVICE, assert_close, check_stats, features
 
 from maskd_kernels import BackendUnavailableError, native, use_backend
 from maskd_kernels.ops.receptive_stats import receptive_stats
 
-LAYOUTS = [
-    "contiguous",
-    "channels_last",
-    "sliced",
-    "every_other",
-    "expanded_batch",
-    "expanded_pixels",
-    "expanded_channels",
-]
+LAYOUTS = ["contiguous", "channels_last", "sliced", "every_other"]
+LAYOUTS += ["expanded_batch", "expanded_pixels", "expanded_channels"]
+SHAPES = [(2, 10, 7, 9), (1, 4, 1, 1), (2, 19, 8, 16), (1, 3, 5, 1), (2, 37, 1, 131), (1, 2, 40, 33)]
+DTYPE_PAIRS = [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float16, torch.bfloat16)]
+FLOAT64_BACKENDS = ["reference"] + ["native"] * (DEVICE == "cpu" and native.available())
+WHY_NOT = native.why_unavailable() or "it runs on CPU tensors"
+needs_native = pytest.mark.skipif("native" not in FLOAT64_BACKENDS, reason=f"native: {WHY_NOT}")
 
 
 def tokens_of(k, c, scale=0.5, dtype=torch.float32):
-    return (torch.randn(k, c, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+    return (torch.randn(k, c, dtype=torch.float64) * scale).to(DEVICE, dtype).requires_grad_()
 
 
 def problem(shape, k=6, dtype=torch.float32, layout="contiguous"):
@@ -27,9 +25,7 @@ def problem(shape, k=6, dtype=torch.float32, layout="contiguous"):
     return [features(shape, dtype, layout)], [e], [features(shape, dtype, layout)]
 
 
-@pytest.mark.parametrize(
-    "shape", [(2, 10, 7, 9), (1, 4, 1, 1), (2, 19, 8, 16), (1, 3, 5, 1), (2, 37, 1, 131), (1, 2, 40, 33)]
-)
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("upstream", ["random", "sum"])
 def test_images(backend, shape, upstream):
     check_stats(backend, *problem(shape), upstream=upstream)
@@ -43,7 +39,7 @@ def test_layouts_and_dtypes(backend, layout, dtype):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_float64(layout):
-    for backend in ["reference"] + ["native"] * native.available():
+    for backend in FLOAT64_BACKENDS:
         check_stats(backend, *problem((2, 19, 7, 9), dtype=torch.float64, layout=layout))
 
 
@@ -66,7 +62,7 @@ def test_channel_counts(backend, c, layout):
 
 @pytest.mark.parametrize("c", [2048, 4096])
 def test_many_channels(c):
-    for backend in ["reference"] + ["native"] * native.available():
+    for backend in FLOAT64_BACKENDS:
         t, _, s = problem((1, c, 3, 5))
         check_stats(backend, t, [tokens_of(6, c, scale=0.02)], s)
 
@@ -74,20 +70,19 @@ def test_many_channels(c):
 @pytest.mark.parametrize("flag", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_customized_masks(backend, flag, layout):
-    check_stats(backend, *problem((2, 10, 7, 9), layout=layout), customize=torch.tensor(flag))
+    check_stats(backend, *problem((2, 10, 7, 9), layout=layout), customize=torch.tensor(flag, device=DEVICE))
 
 
 @pytest.mark.parametrize(("student", "teacher"), [("contiguous", "channels_last"), ("channels_last", "contiguous")])
 @pytest.mark.parametrize("spatial", [(7, 9), (1, 1)])
 def test_layouts_that_differ(backend, student, teacher, spatial):
     t, e, _ = problem((2, 10, *spatial), layout=teacher)
-    check_stats(backend, t, e, [features((2, 10, *spatial), layout=student)], customize=torch.tensor(True))
+    check_stats(
+        backend, t, e, [features((2, 10, *spatial), layout=student)], customize=torch.tensor(True, device=DEVICE)
+    )
 
 
-@pytest.mark.parametrize(
-    ("student", "teacher"),
-    [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float16, torch.bfloat16)],
-)
+@pytest.mark.parametrize(("student", "teacher"), DTYPE_PAIRS)
 def test_dtypes_that_differ(backend, student, teacher):
     t, e, _ = problem((2, 10, 7, 9), dtype=teacher)
     check_stats(backend, t, e, [features((2, 10, 7, 9), student)])
@@ -97,7 +92,7 @@ def test_pyramid(backend):
     shapes = [(2, 10, 13, 17), (2, 6, 7, 9), (2, 10, 4, 5), (2, 1, 2, 3), (2, 10, 1, 1)]
     levels = [problem(shape) for shape in shapes]
     t, e, s = ([x for level in levels for x in level[i]] for i in range(3))
-    check_stats(backend, t, e, s, customize=torch.tensor(True))
+    check_stats(backend, t, e, s, customize=torch.tensor(True, device=DEVICE))
 
 
 def test_levels_equal_single_calls(backend):
@@ -132,13 +127,13 @@ def test_only_what_requires_gradients(backend, wanted):
 @pytest.mark.parametrize("value", [-40.0, 40.0])
 def test_saturated_masks(backend, value):
     """Logits of +-40: masks of 1 and of 4e-18, finite everywhere."""
-    t = torch.ones(1, 4, 3, 5).requires_grad_()
-    e = torch.full((2, 4), value / 4).requires_grad_()
+    t = torch.ones(1, 4, 3, 5, device=DEVICE).requires_grad_()
+    e = torch.full((2, 4), value / 4, device=DEVICE).requires_grad_()
     s = features((1, 4, 3, 5))
     with use_backend(backend):
         stats = receptive_stats([t], [e], [s], None, True)
         gradients = torch.autograd.grad(sum(x.sum() for x in stats if x.requires_grad), [t, e, s])
-    expected = torch.sigmoid(torch.tensor(value, dtype=torch.float64))
+    expected = torch.sigmoid(torch.tensor(value, dtype=torch.float64, device=DEVICE))
     torch.testing.assert_close(stats.masks.double(), expected.expand(1, 2, 15), rtol=2e-6, atol=0)
     assert all(g.isfinite().all() for g in gradients)
 
@@ -158,7 +153,7 @@ def test_nan_is_not_hidden(backend):
 def test_empty(backend, shape):
     t, e, s = problem(shape)
     with use_backend(backend):
-        stats = receptive_stats(t, e, s, torch.tensor(True), True)
+        stats = receptive_stats(t, e, s, torch.tensor(True, device=DEVICE), True)
         gradients = torch.autograd.grad(sum(x.sum() for x in stats if x.requires_grad), [*t, *e, *s])
     assert all((x == 0).all() for x in stats)
     assert (gradients[1] == 0).all()
@@ -184,8 +179,7 @@ def test_backward_twice(backend):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_repeatable(layout):
     """A hundred runs, bit for bit, also with another number of threads."""
-    if not native.available():
-        pytest.skip(f"native: {native.why_unavailable()}")
+    backend = "triton" if DEVICE == "cuda" else FLOAT64_BACKENDS[-1]
     t, e, s = problem((2, 64, 50, 84), layout=layout)
     inputs, threads = [*t, *e, *s], torch.get_num_threads()
 
@@ -193,7 +187,7 @@ def test_repeatable(layout):
         stats = receptive_stats(t, e, s, None, True)
         return [*stats, *torch.autograd.grad(stats.error.sum() + stats.gram.sum(), inputs)]
 
-    with use_backend("native"):
+    with use_backend(backend):
         expected = results()
         try:
             for run in range(100):
@@ -203,9 +197,8 @@ def test_repeatable(layout):
             torch.set_num_threads(threads)
 
 
+@needs_native
 def test_every_instruction_set():
-    if not native.available():
-        pytest.skip(f"native: {native.why_unavailable()}")
     module = native.module()
     assert module.isas()[-1] == "baseline"
     best = module.isa()
@@ -215,7 +208,9 @@ def test_every_instruction_set():
             for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
                 for layout in ("contiguous", "channels_last"):
                     check_stats(
-                        "native", *problem((2, 19, 7, 19), dtype=dtype, layout=layout), customize=torch.tensor(True)
+                        "native",
+                        *problem((2, 19, 7, 19), dtype=dtype, layout=layout),
+                        customize=torch.tensor(True, device=DEVICE),
                     )
     finally:
         module.select_isa(best)
@@ -223,11 +218,10 @@ def test_every_instruction_set():
         module.select_isa("sse9")
 
 
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_conversions_match_torch(dtype):
     """Every half value reads exactly, and gradients round to nearest even, subnormals, overflow and NaN included."""
-    if not native.available():
-        pytest.skip(f"native: {native.why_unavailable()}")
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     every = every[every.isfinite()]
     t = torch.zeros(1, 1, every.numel(), dtype=dtype)
@@ -243,10 +237,9 @@ def test_half_conversions_match_torch(dtype):
     assert torch.equal(gradient.flatten(), values.to(dtype))
 
 
+@needs_native
 def test_large_gradients_stream():
     """Past the size from which stores bypass the caches, odd sizes and offsets included."""
-    if not native.available():
-        pytest.skip(f"native: {native.why_unavailable()}")
     for dtype in (torch.float32, torch.bfloat16):
         for layout in ("contiguous", "channels_last"):
             check_stats("native", *problem((1, 67, 173, 191), dtype=dtype, layout=layout))
@@ -257,9 +250,9 @@ def test_large_gradients_stream():
 
 def test_gradcheck():
     (t,), (e,), (s,) = problem((2, 3, 3, 4), k=3, dtype=torch.float64)
-    for backend in ["reference"] + ["native"] * native.available():
+    for backend in FLOAT64_BACKENDS:
         # Customized masks are left to the golden vectors: by definition they hide a gradient from the student.
-        for customize in (None, torch.tensor(False)):
+        for customize in (None, torch.tensor(False, device=DEVICE)):
 
             def function(a, b, c, customize=customize):
                 stats = receptive_stats([a], [b], [c], customize, True)
@@ -281,7 +274,7 @@ def test_second_derivative_raises(backend):
 def test_teacher_masks_are_not_differentiable(backend):
     t, e, s = problem((1, 4, 3, 3))
     with use_backend(backend):
-        stats = receptive_stats(t, e, s, torch.tensor(True), False)
+        stats = receptive_stats(t, e, s, torch.tensor(True, device=DEVICE), False)
         assert not stats.teacher_masks.requires_grad
         assert stats.masks.requires_grad
 
@@ -292,7 +285,7 @@ def test_opcheck(backend, requires_grad):
     t, e, s = ([x.detach().requires_grad_(requires_grad) for level in levels for x in level[i]] for i in range(3))
     operator = torch.ops.maskd_kernels.receptive_stats.default
     with use_backend(backend):
-        torch.library.opcheck(operator, (t, e, s, torch.tensor(True), True))
+        torch.library.opcheck(operator, (t, e, s, torch.tensor(True, device=DEVICE), True))
         torch.library.opcheck(operator, (t, e, [], None, False))
 
 
@@ -327,7 +320,7 @@ def test_autocast_changes_nothing(backend):
     t, e, s = problem((2, 10, 7, 9))
     with use_backend(backend):
         plain = receptive_stats(t, e, s, None, True)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             cast = receptive_stats(t, e, s, None, True)
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
@@ -337,8 +330,7 @@ def test_forced_backend_that_cannot_run():
     with use_backend("triton"), pytest.raises(BackendUnavailableError, match=r"'triton' .* float64"):
         receptive_stats(t, e, s)
     meta = [torch.empty(1, 4, 3, 3, device="meta")]
-    with use_backend("native"):
-        stats = receptive_stats(meta, [torch.empty(2, 4, device="meta")], meta)
+    stats = receptive_stats(meta, [torch.empty(2, 4, device="meta")], meta)
     assert stats.masks.shape == (1, 2, 9)
 
 

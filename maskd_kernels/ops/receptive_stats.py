@@ -158,7 +158,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     teacher, tokens, student, _, _ = inputs
     stats = ReceptiveStats(*output)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(stats.teacher_masks)
+    constant = [stats.teacher_masks]
+    if not any(x.requires_grad for x in teacher):
+        constant.append(stats.sums)
+        if not any(x.requires_grad for x in tokens):
+            constant += [stats.masks, stats.mass, stats.gram]
+    ctx.mark_non_differentiable(*constant)
     ctx.counts = len(teacher), len(tokens), len(student)
     # The backward needs the masks, their teacher factor and the distance; the reduced statistics are not kept.
     ctx.save_for_backward(*teacher, *tokens, *student, stats.masks, stats.teacher_masks, stats.distance)

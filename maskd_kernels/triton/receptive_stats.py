@@ -2,14 +2,15 @@
 
 Forward equation, gradients and traffic: csrc/receptive_stats.h and reference.py. One program takes a tile
 of ``BLOCK_P`` pixels of one image and walks its channels ``BLOCK_C`` at a time; tokens are padded to the 16
-rows that ``tl.dot`` wants. Everything accumulates in float32 (``input_precision="ieee"``: no TF32). Each
-program writes its own partial sums and a second kernel adds them in a fixed order, so that results are
-bitwise repeatable. Offsets are 64-bit. No autotuning: nothing recompiles when image sizes change, but
-for the alignment of rows (``ALIGN``).
+rows that ``tl.dot`` wants. Everything accumulates in float32, and products keep float32's accuracy on tensor
+cores by three TF32 products each (``tf32x3``); plain TF32 is never used. Each program writes its own partial
+sums and a second kernel adds them in a fixed order, so that results are bitwise repeatable. Offsets are
+64-bit. No autotuning: nothing recompiles when image sizes change, but for what divides them (``*_ALIGN``).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,18 +22,16 @@ from maskd_kernels.ops import layout
 from maskd_kernels.reference import BORDER_SUMS, ReceptiveStats
 
 BLOCK_C = 32
-BLOCK_P = 128
+BLOCK_P = 64
 NUM_WARPS = 4
+PRECISION = tl.constexpr("tf32x3")
 _SIZES = ["channels", "pixels", "width", "total_pixels", "total_channels"]
 _STRIDES = ["teacher_n", "teacher_stride", "student_n", "student_stride"]
 
 
 @triton.jit
-def feature_offsets(n, c, p, stride_n, stride, ALIGN: tl.constexpr, INTERLEAVED: tl.constexpr):
+def feature_offsets(n, c, p, stride_n, stride, INTERLEAVED: tl.constexpr):
     """[BLOCK_C, BLOCK_P] offsets into a feature; ``stride`` is that of the axis that is not dense."""
-    if ALIGN > 1:
-        stride = tl.multiple_of(stride, ALIGN)
-        stride_n = tl.multiple_of(stride_n, ALIGN)
     if INTERLEAVED:
         return n * stride_n + p[None, :].to(tl.int64) * stride + c[:, None]
     return n * stride_n + c[:, None].to(tl.int64) * stride + p[None, :]
@@ -76,8 +75,9 @@ def forward_kernel(
     K_PAD: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    TEACHER_ALIGN: tl.constexpr,
-    STUDENT_ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr,
+    C_ALIGN: tl.constexpr,
+    P_ALIGN: tl.constexpr,
     TEACHER_INTERLEAVED: tl.constexpr,
     STUDENT_INTERLEAVED: tl.constexpr,
     HAS_STUDENT: tl.constexpr,
@@ -89,10 +89,10 @@ def forward_kernel(
     task = n * tl.num_programs(0) + tile
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     k = tl.arange(0, K_PAD)
-    if TEACHER_ALIGN > 1 and not TEACHER_INTERLEAVED:
-        pixels = tl.multiple_of(pixels, TEACHER_ALIGN)
-    if TEACHER_ALIGN > 1 and TEACHER_INTERLEAVED:
-        channels = tl.multiple_of(channels, TEACHER_ALIGN)
+    # Multiplying by a constant is how the compiler learns what divides a value, and thus how wide it may load.
+    teacher_n, teacher_stride = teacher_n // ALIGN * ALIGN, teacher_stride // ALIGN * ALIGN
+    student_n, student_stride = student_n // ALIGN * ALIGN, student_stride // ALIGN * ALIGN
+    channels, pixels = channels // C_ALIGN * C_ALIGN, pixels // P_ALIGN * P_ALIGN
     inside = p < pixels
     logits = tl.zeros([K_PAD, BLOCK_P], tl.float32)
     student_logits = tl.zeros([K_PAD, BLOCK_P], tl.float32)
@@ -103,20 +103,20 @@ def forward_kernel(
     for start in range(0, channels, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         valid = (c < channels)[:, None] & inside[None, :]
-        at = feature_offsets(n, c, p, teacher_n, teacher_stride, TEACHER_ALIGN, TEACHER_INTERLEAVED)
+        at = feature_offsets(n, c, p, teacher_n, teacher_stride, TEACHER_INTERLEAVED)
         t = tl.load(teacher + at, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_C, BLOCK_P]
         if K > 0:
             e_at = k[:, None] * channels + c[None, :]
             e = tl.load(tokens + e_at, mask=(k < K)[:, None] & (c < channels)[None, :], other=0.0)  # [K_PAD, BLOCK_C]
-            logits = tl.dot(e, t, logits, input_precision="ieee")
+            logits = tl.dot(e, t, logits, input_precision=PRECISION)
         if HAS_STUDENT:
-            at = feature_offsets(n, c, p, student_n, student_stride, STUDENT_ALIGN, STUDENT_INTERLEAVED)
+            at = feature_offsets(n, c, p, student_n, student_stride, STUDENT_INTERLEAVED)
             s = tl.load(student + at, mask=valid, other=0.0).to(tl.float32)
             d += tl.sum((s - t) * (s - t), 0)
             if CUSTOMIZE:
-                student_logits = tl.dot(e, s, student_logits, input_precision="ieee")
+                student_logits = tl.dot(e, s, student_logits, input_precision=PRECISION)
         if SUMS:
-            sums_c = tl.dot(borders, tl.trans(t), input_precision="ieee")  # [16, BLOCK_C]
+            sums_c = tl.dot(borders, tl.trans(t), input_precision=PRECISION)  # [16, BLOCK_C]
             r = tl.arange(0, 16)
             to = (task * 9 + r[:, None]) * channels + c[None, :]
             tl.store(sums + to, sums_c, mask=(r < 9)[:, None] & (c < channels)[None, :])
@@ -136,7 +136,7 @@ def forward_kernel(
         tl.store(partial + k, tl.sum(m, 1), mask=k < K)
         if HAS_STUDENT:
             tl.store(partial + K + k, tl.sum(m * m * d[None, :], 1), mask=k < K)
-        gram = tl.dot(m, tl.trans(m), input_precision="ieee")  # [K_PAD, K_PAD]
+        gram = tl.dot(m, tl.trans(m), input_precision=PRECISION)  # [K_PAD, K_PAD]
         tl.store(partial + 2 * K + k[:, None] * K + k[None, :], gram, mask=(k < K)[:, None] & (k < K)[None, :])
 
 
@@ -185,11 +185,11 @@ def backward_kernel(
     K_PAD: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    TEACHER_ALIGN: tl.constexpr,
-    STUDENT_ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr,
+    C_ALIGN: tl.constexpr,
+    P_ALIGN: tl.constexpr,
     TEACHER_INTERLEAVED: tl.constexpr,
     STUDENT_INTERLEAVED: tl.constexpr,
-    GRAD_ALIGN: tl.constexpr,
     GRAD_INTERLEAVED: tl.constexpr,
     HAS_STUDENT: tl.constexpr,
     CUSTOMIZE: tl.constexpr,
@@ -208,13 +208,13 @@ def backward_kernel(
     task = n * tl.num_programs(0) + tile
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     k = tl.arange(0, K_PAD)
+    # Multiplying by a constant is how the compiler learns what divides a value, and thus how wide it may load.
+    teacher_n, teacher_stride = teacher_n // ALIGN * ALIGN, teacher_stride // ALIGN * ALIGN
+    student_n, student_stride = student_n // ALIGN * ALIGN, student_stride // ALIGN * ALIGN
+    channels, pixels = channels // C_ALIGN * C_ALIGN, pixels // P_ALIGN * P_ALIGN
     grad_n, grad_stride = channels.to(tl.int64) * pixels, pixels
     if GRAD_INTERLEAVED:
         grad_stride = channels
-    if GRAD_ALIGN > 1 and not GRAD_INTERLEAVED:
-        pixels = tl.multiple_of(pixels, GRAD_ALIGN)
-    if GRAD_ALIGN > 1 and GRAD_INTERLEAVED:
-        channels = tl.multiple_of(channels, GRAD_ALIGN)
     inside = p < pixels
     column = pixel_offset + p
     coefficient = tl.zeros([BLOCK_P], tl.float32)
@@ -238,7 +238,7 @@ def backward_kernel(
                 both = (k < K)[:, None] & (k < K)[None, :]
                 gram = tl.load(grad_gram + n * K * K + k[:, None] * K + k[None, :], mask=both, other=0.0)
                 gram += tl.load(grad_gram + n * K * K + k[None, :] * K + k[:, None], mask=both, other=0.0)
-                inner = tl.dot(gram, m, inner, input_precision="ieee")
+                inner = tl.dot(gram, m, inner, input_precision=PRECISION)
             if HAS_MASKS:
                 inner += tl.load(grad_masks + mask_at, mask=real, other=0.0)
             factor = m
@@ -252,47 +252,40 @@ def backward_kernel(
     for start in range(0, channels, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         valid = (c < channels)[:, None] & inside[None, :]
-        at = feature_offsets(n, c, p, teacher_n, teacher_stride, TEACHER_ALIGN, TEACHER_INTERLEAVED)
+        at = feature_offsets(n, c, p, teacher_n, teacher_stride, TEACHER_INTERLEAVED)
         t = tl.load(teacher + at, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_C, BLOCK_P]
-        grad_at = feature_offsets(n, c, p, grad_n, grad_stride, GRAD_ALIGN, GRAD_INTERLEAVED)
+        grad_at = feature_offsets(n, c, p, grad_n, grad_stride, GRAD_INTERLEAVED)
         d_teacher = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
         if HAS_STUDENT:
-            at = feature_offsets(n, c, p, student_n, student_stride, STUDENT_ALIGN, STUDENT_INTERLEAVED)
+            at = feature_offsets(n, c, p, student_n, student_stride, STUDENT_INTERLEAVED)
             s = tl.load(student + at, mask=valid, other=0.0).to(tl.float32)
             d_student = coefficient[None, :] * (s - t)
             d_teacher -= d_student
             if WANT_STUDENT:
                 tl.store(grad_student + grad_at, d_student.to(grad_student.dtype.element_ty), mask=valid)
         if WANT_TOKENS:
-            d_tokens = tl.dot(d_logits, tl.trans(t), input_precision="ieee")  # [K_PAD, BLOCK_C]
+            d_tokens = tl.dot(d_logits, tl.trans(t), input_precision=PRECISION)  # [K_PAD, BLOCK_C]
             to = (task * K + k[:, None]) * channels + c[None, :]
             tl.store(partials + to, d_tokens, mask=(k < K)[:, None] & (c < channels)[None, :])
         if WANT_TEACHER:
             if K > 0:
                 e_at = k[None, :] * channels + c[:, None]
                 e = tl.load(tokens + e_at, mask=(k < K)[None, :] & (c < channels)[:, None], other=0.0)
-                d_teacher = tl.dot(e, d_logits, d_teacher, input_precision="ieee")
+                d_teacher = tl.dot(e, d_logits, d_teacher, input_precision=PRECISION)
             if HAS_SUMS:
                 r = tl.arange(0, 16)
                 g_at = (n * 9 + r[None, :]) * total_channels + channel_offset + c[:, None]
                 g = tl.load(grad_sums + g_at, mask=(r < 9)[None, :] & (c < channels)[:, None], other=0.0)
-                d_teacher = tl.dot(g, borders, d_teacher, input_precision="ieee")
+                d_teacher = tl.dot(g, borders, d_teacher, input_precision=PRECISION)
             tl.store(grad_teacher + grad_at, d_teacher.to(grad_teacher.dtype.element_ty), mask=valid)
 
 
 # ---- Launchers ---------------------------------------------------------------------------------
 
 
-def _alignment(view: Tensor, interleaved: bool) -> int:
-    """The largest power of two, up to a 128-bit load, that divides each dense row's start and length, in elements."""
-    rest = view.stride(2) if interleaved else view.stride(1)
-    dense = view.shape[1] if interleaved else view.shape[2]
-    elements = 16 // view.element_size()
-    if view.data_ptr() % 16:
-        return 1
-    while elements > 1 and (rest % elements or dense % elements or view.stride(0) % elements):
-        elements //= 2
-    return elements
+def backward_warps(wants_logits: bool, element_size: int) -> int:
+    """More warps where tokens or teacher hold more registers, if 128 bits of the tile are left for each thread."""
+    return 2 * NUM_WARPS if wants_logits and element_size == 4 else NUM_WARPS
 
 
 def _rest_stride(view: Tensor, interleaved: bool) -> int:
@@ -317,8 +310,10 @@ def _feature_arguments(t: layout.Feature, s: layout.Feature | None) -> tuple[dic
         "student_stride": _rest_stride(*other),
     }
     constants = {
-        "TEACHER_ALIGN": _alignment(*t),
-        "STUDENT_ALIGN": _alignment(*other),
+        # Powers of two, up to the 8 elements of a 128-bit load, that divide row starts and row lengths.
+        "ALIGN": math.gcd(8, *strides.values()),
+        "C_ALIGN": math.gcd(8, t.view.shape[1]),
+        "P_ALIGN": math.gcd(8, t.view.shape[2]),
         "TEACHER_INTERLEAVED": t.interleaved,
         "STUDENT_INTERLEAVED": other.interleaved,
         "HAS_STUDENT": s is not None,
@@ -406,12 +401,10 @@ def backward(
         s = layout.dense_view(student[level]) if student else None
         n, channels, pixels = t.view.shape
         tiles, _ = grid = _grid(t.view)
-        interleaved = (s or t).interleaved
         partials = t.view.new_empty(
             n * tiles, num_tokens * channels if grad_tokens else 0, dtype=torch.float32
         )  # [N * tiles, K * C]
         strides, constants = _feature_arguments(t, s)
-        gradient = grad_student[level] if grad_student else grad_teacher[level] if grad_teacher else raw
         if n * tiles:
             backward_kernel[grid](
                 t.view,
@@ -442,8 +435,7 @@ def backward(
                 K_PAD=_pad_tokens(num_tokens),
                 BLOCK_C=BLOCK_C,
                 BLOCK_P=BLOCK_P,
-                GRAD_ALIGN=_alignment(layout.dense_view(gradient).view, interleaved),
-                GRAD_INTERLEAVED=interleaved,
+                GRAD_INTERLEAVED=(s or t).interleaved,
                 CUSTOMIZE=saved.teacher_masks.numel() > 0,
                 HAS_MASKS=grad_masks is not None,
                 HAS_DISTANCE=grad_distance is not None,
@@ -454,7 +446,7 @@ def backward(
                 WANT_TEACHER=bool(grad_teacher),
                 WANT_TOKENS=bool(grad_tokens),
                 WANT_STUDENT=bool(grad_student),
-                num_warps=NUM_WARPS,
+                num_warps=backward_warps(bool(grad_teacher or grad_tokens), raw.element_size()),
             )
         if grad_tokens:
             _reduce(partials, grad_tokens[level], 1, n * tiles, 0, num_tokens * channels)

@@ -1,0 +1,51 @@
+"""Triton's kernels compiled ahead of time, without a GPU: wide loads, no spills, resources within limits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ARCHITECTURES = [80, 90, 100]
+SHARED_MEMORY_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+
+# In a process of its own: the interpreter, which other tests run, replaces what the compiler needs.
+SCRIPT = Path(__file__).parent / "compile_triton.py"
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    output = subprocess.run([sys.executable, SCRIPT], env=environment, capture_output=True, text=True, check=False)
+    assert output.returncode == 0, output.stderr[-4000:]
+    return json.loads(output.stdout)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("layout", ["planar", "interleaved"])
+@pytest.mark.parametrize("kernel", ["forward", "backward", "backward_tokens"])
+def test_aligned(compiled, kernel, layout, dtype, architecture):
+    entry = compiled[f"{kernel} {layout} {dtype} aligned sm_{architecture}"]
+    assert entry["wide_loads"] >= 2, f"features are not read 128 bits at a time: {entry}"
+    assert entry["spills"] == 0, entry
+    assert entry["shared_bytes"] <= SHARED_MEMORY_BYTES[architecture]
+    assert 0 < entry["registers"] <= 255
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", ["forward", "backward", "backward_tokens"])
+def test_odd_sizes(compiled, kernel, architecture):
+    entry = compiled[f"{kernel} planar fp32 odd sm_{architecture}"]
+    assert entry["spills"] == 0, entry
+
+
+def test_writes_are_wide(compiled):
+    for architecture in ARCHITECTURES:
+        entry = compiled[f"backward planar fp32 aligned sm_{architecture}"]
+        assert entry["wide_stores"] >= 1, entry
