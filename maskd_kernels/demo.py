@@ -90,8 +90,8 @@ def compose_scenes(digits: tuple[Tensor, Tensor], count: int, size: int, seed: i
     for scene, label in zip(scenes, labels, strict=True):
         coarse = torch.rand(1, 3, 5, 5, generator=generator) * uniform(0.2, 0.6)
         scene.copy_(F.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=True)[0])
-        for clutter in [True] * draw(3, 7) + [False] * draw(3, 6):
-            which, side = draw(0, len(pixels)), draw(14, 29)
+        for clutter in [True] * draw(2, 5) + [False] * draw(3, 6):
+            which, side = draw(0, len(pixels)), draw(18, 33)
             digit = F.interpolate(pixels[which][None, None], size=(side, side), mode="bicubic", align_corners=False)
             shape = digit[0, 0].clamp(0, 1)
             if clutter:  # a torn piece of a digit: strokes that mean nothing
@@ -104,7 +104,7 @@ def compose_scenes(digits: tuple[Tensor, Tensor], count: int, size: int, seed: i
             if not clutter:
                 region = label[top : top + height, left : left + width]
                 region[shape > 0.4] = classes[which] + 1
-        scene += 0.08 * torch.randn(scene.shape, generator=generator)
+        scene += 0.05 * torch.randn(scene.shape, generator=generator)
     return scenes - 0.5, labels
 
 

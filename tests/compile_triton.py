@@ -39,16 +39,19 @@ FEATURES = {"teacher", "student", "grad_teacher", "grad_student"}
 
 
 def specialise(kind, interleaved, dtype, aligned):
-    """The kernel, its signature, constants and pointer attributes, as the launcher would have them."""
+    """The kernel with signature, constants, attributes and options as the launcher would have them."""
     family = kind.split("_")[0]
     kernel = kernels.forward_kernel if family == "forward" else kernels.backward_kernel
     align = 8 if aligned else 1
     tokens = kind == "backward_tokens"
+    block, warps = kernels.BLOCK_P, kernels.NUM_WARPS
+    if family == "backward":
+        block, warps = kernels.backward_tile(tokens, 4 if dtype == "fp32" else 2)
     constants = {
         "K": 6,
         "K_PAD": 16,
         "BLOCK_C": kernels.BLOCK_C,
-        "BLOCK_P": kernels.BLOCK_P,
+        "BLOCK_P": block,
         "ALIGN": align,
         "C_ALIGN": align,
         "P_ALIGN": align,
@@ -72,7 +75,7 @@ def specialise(kind, interleaved, dtype, aligned):
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
-    return kernel, signature, constants, attributes
+    return ASTSource(kernel, signature, constants, attributes), {"num_warps": warps}
 
 
 def tool(name):
@@ -80,19 +83,19 @@ def tool(name):
 
 
 def inspect(kind, interleaved, dtype, aligned, architecture):
-    kernel, signature, constants, attributes = specialise(kind, interleaved, dtype, aligned)
-    source = ASTSource(kernel, signature, constants, attributes)
-    warps = kernels.backward_warps(kind == "backward_tokens", 4 if dtype == "fp32" else 2)
-    binary = triton.compile(source, GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+).*?STACK:(\d+)", usage.stdout)
+    source, options = specialise(kind, interleaved, dtype, aligned)
+    binary = triton.compile(source, GPUTarget("cuda", architecture, 32), options=options)
     ptx = binary.asm["ptx"]
+    target = re.search(r"\.target (sm_\w+)", ptx).group(1)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        assembler = tool("ptxas-blackwell") if architecture >= 100 else tool("ptxas")
+        command = [assembler, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return {
-        "registers": int(found.group(1)),
-        "spills": int(found.group(2)),  # bytes of stack: the kernels have no other use for it
+        "registers": int(re.search(r"Used (\d+) registers", usage).group(1)),
+        "spills": sum(int(count) for count in re.findall(r"(\d+) bytes spill", usage)),
         "shared_bytes": binary.metadata.shared,
         "wide_loads": len(re.findall(r"ld\.global[\w.:]*\.v(?:4\.[bf]32|8\.[bf]32|2\.[bf]64)", ptx)),
         "wide_stores": len(re.findall(r"st\.global[\w.:]*\.v(?:4\.[bf]32|8\.[bf]32|2\.[bf]64)", ptx)),

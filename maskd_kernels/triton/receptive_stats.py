@@ -283,9 +283,11 @@ def backward_kernel(
 # ---- Launchers ---------------------------------------------------------------------------------
 
 
-def backward_warps(wants_logits: bool, element_size: int) -> int:
-    """More warps where tokens or teacher hold more registers, if 128 bits of the tile are left for each thread."""
-    return 2 * NUM_WARPS if wants_logits and element_size == 4 else NUM_WARPS
+def backward_tile(wants_logits: bool, element_size: int) -> tuple[int, int]:
+    """Pixels per program and warps: what spills no registers and leaves each thread 128 bits of a tile or more."""
+    if not wants_logits:
+        return 2 * BLOCK_P, NUM_WARPS
+    return BLOCK_P, 2 * NUM_WARPS if element_size == 4 else NUM_WARPS
 
 
 def _rest_stride(view: Tensor, interleaved: bool) -> int:
@@ -296,8 +298,8 @@ def _pad_tokens(num_tokens: int) -> int:
     return max(16, triton.next_power_of_2(num_tokens))
 
 
-def _grid(view: Tensor) -> tuple[int, int]:  # [N, C, P]
-    return triton.cdiv(view.shape[2], BLOCK_P), view.shape[0]
+def _grid(view: Tensor, block: int) -> tuple[int, int]:  # [N, C, P]
+    return triton.cdiv(view.shape[2], block), view.shape[0]
 
 
 def _feature_arguments(t: layout.Feature, s: layout.Feature | None) -> tuple[dict[str, int], dict[str, int | bool]]:
@@ -342,7 +344,7 @@ def forward(
         t = layout.dense_view(raw)
         s = layout.dense_view(student[level]) if student else None
         n, channels, pixels = t.view.shape
-        tiles, _ = grid = _grid(t.view)
+        tiles, _ = grid = _grid(t.view, BLOCK_P)
         partials = t.view.new_empty(n * tiles, 2 * num_tokens + num_tokens**2, dtype=torch.float32)
         sums = t.view.new_empty(n * tiles, BORDER_SUMS * channels if out.sums.numel() else 0, dtype=torch.float32)
         strides, constants = _feature_arguments(t, s)
@@ -400,7 +402,8 @@ def backward(
         t = layout.dense_view(raw)
         s = layout.dense_view(student[level]) if student else None
         n, channels, pixels = t.view.shape
-        tiles, _ = grid = _grid(t.view)
+        block, warps = backward_tile(bool(grad_teacher or grad_tokens), raw.element_size())
+        tiles, _ = grid = _grid(t.view, block)
         partials = t.view.new_empty(
             n * tiles, num_tokens * channels if grad_tokens else 0, dtype=torch.float32
         )  # [N * tiles, K * C]
@@ -434,7 +437,7 @@ def backward(
                 K=num_tokens,
                 K_PAD=_pad_tokens(num_tokens),
                 BLOCK_C=BLOCK_C,
-                BLOCK_P=BLOCK_P,
+                BLOCK_P=block,
                 GRAD_INTERLEAVED=(s or t).interleaved,
                 CUSTOMIZE=saved.teacher_masks.numel() > 0,
                 HAS_MASKS=grad_masks is not None,
@@ -446,7 +449,7 @@ def backward(
                 WANT_TEACHER=bool(grad_teacher),
                 WANT_TOKENS=bool(grad_tokens),
                 WANT_STUDENT=bool(grad_student),
-                num_warps=backward_warps(bool(grad_teacher or grad_tokens), raw.element_size()),
+                num_warps=warps,
             )
         if grad_tokens:
             _reduce(partials, grad_tokens[level], 1, n * tiles, 0, num_tokens * channels)
