@@ -44,14 +44,14 @@ def specialise(kind, interleaved, dtype, aligned):
     kernel = kernels.forward_kernel if family == "forward" else kernels.backward_kernel
     align = 8 if aligned else 1
     tokens = kind == "backward_tokens"
-    block, warps = kernels.BLOCK_P, kernels.NUM_WARPS
+    block_c, block_p, warps = kernels.BLOCK_C, kernels.BLOCK_P, kernels.NUM_WARPS
     if family == "backward":
-        block, warps = kernels.backward_tile(tokens, 4 if dtype == "fp32" else 2)
+        block_c, block_p, warps = kernels.backward_tile(tokens, 4 if dtype == "fp32" else 2)
     constants = {
         "K": 6,
         "K_PAD": 16,
-        "BLOCK_C": kernels.BLOCK_C,
-        "BLOCK_P": block,
+        "BLOCK_C": block_c,
+        "BLOCK_P": block_p,
         "ALIGN": align,
         "C_ALIGN": align,
         "P_ALIGN": align,

@@ -283,11 +283,11 @@ def backward_kernel(
 # ---- Launchers ---------------------------------------------------------------------------------
 
 
-def backward_tile(wants_logits: bool, element_size: int) -> tuple[int, int]:
-    """Pixels per program and warps: what spills no registers and leaves each thread 128 bits of a tile or more."""
+def backward_tile(wants_logits: bool, element_size: int) -> tuple[int, int, int]:
+    """Channels and pixels per step, and warps: no register spills, and 128 bits of a tile or more for each thread."""
     if not wants_logits:
-        return 2 * BLOCK_P, NUM_WARPS
-    return BLOCK_P, 2 * NUM_WARPS if element_size == 4 else NUM_WARPS
+        return 16, 128, NUM_WARPS
+    return BLOCK_C, BLOCK_P, 2 * NUM_WARPS if element_size == 4 else NUM_WARPS
 
 
 def _rest_stride(view: Tensor, interleaved: bool) -> int:
@@ -402,8 +402,8 @@ def backward(
         t = layout.dense_view(raw)
         s = layout.dense_view(student[level]) if student else None
         n, channels, pixels = t.view.shape
-        block, warps = backward_tile(bool(grad_teacher or grad_tokens), raw.element_size())
-        tiles, _ = grid = _grid(t.view, block)
+        block_c, block_p, warps = backward_tile(bool(grad_teacher or grad_tokens), raw.element_size())
+        tiles, _ = grid = _grid(t.view, block_p)
         partials = t.view.new_empty(
             n * tiles, num_tokens * channels if grad_tokens else 0, dtype=torch.float32
         )  # [N * tiles, K * C]
@@ -436,8 +436,8 @@ def backward(
                 **constants,
                 K=num_tokens,
                 K_PAD=_pad_tokens(num_tokens),
-                BLOCK_C=BLOCK_C,
-                BLOCK_P=block,
+                BLOCK_C=block_c,
+                BLOCK_P=block_p,
                 GRAD_INTERLEAVED=(s or t).interleaved,
                 CUSTOMIZE=saved.teacher_masks.numel() > 0,
                 HAS_MASKS=grad_masks is not None,
