@@ -263,7 +263,7 @@ def receptive_masks(
     s = [] if student is None else _features(student, "student", channel_dim)
     if s:
         _match_features(s, t)
-    stats = _stats(t, e, s, customize=bool(s))
+    stats = _stats(t, e, s, customize=len(s) > 0)
     split = stats.masks.split([math.prod(x.shape[2:]) for x in t], -1)
     masks = [m.reshape(*m.shape[:2], *x.shape[2:]) for m, x in zip(split, t, strict=True)]
     return masks[0] if isinstance(teacher, Tensor) else masks
@@ -317,7 +317,7 @@ def maskd_loss(
     if w:
         _match_weighting(w, t, e[0].shape[0])
     with _full_precision(t[0]):
-        stats = _stats(t, e, s, customize, sums=bool(w))
+        stats = _stats(t, e, s, customize, sums=len(w) > 0)
         weights = _mask_weights(stats.sums, t, w) if w else None
         loss = _masked_error(stats.error, stats.mass, weights, [x.shape[1] for x in t], eps)
         return (loss, _dice(stats.gram)) if return_dice else loss
@@ -446,7 +446,7 @@ def masked_features(
     if w:
         _match_weighting(w, t, e[0].shape[0])
     with _full_precision(x):
-        stats = _stats(t, e, [], sums=bool(w))
+        stats = _stats(t, e, [], sums=len(w) > 0)
         if w:
             weights = _mask_weights(stats.sums, t, w)[0]  # [N, K]
             scale = (weights[:, None] @ stats.masks).squeeze(1)  # [N, P]

@@ -70,9 +70,9 @@ def _empty_stats(
     return ReceptiveStats(
         masks=empty(n, k, pixels),
         teacher_masks=empty(n, k, pixels, wanted=customized),
-        distance=empty(n, pixels, wanted=bool(student)),
+        distance=empty(n, pixels, wanted=len(student) > 0),
         mass=empty(levels, n, k),
-        error=empty(levels, n, k, wanted=bool(student)),
+        error=empty(levels, n, k, wanted=len(student) > 0),
         gram=empty(levels, n, k, k),
         sums=empty(n, BORDER_SUMS, channels, wanted=sums),
     )
