@@ -1,0 +1,148 @@
+"""TokenTrainer: the teacher's own loss, seen through the tokens, teaches them; the teacher never changes."""
+
+import copy
+
+import pytest
+import torch
+from test_distiller import IMAGE, Net
+from torch import nn
+
+from maskd_kernels import MasKDLoss, MasKDSegLoss, TokenTrainer, plot_masks
+
+LABELS = torch.randint(0, 5, (2, 16, 16), generator=torch.Generator().manual_seed(0))
+
+
+def task_loss(output):
+    return nn.functional.cross_entropy(output["logits"], LABELS)
+
+
+@pytest.mark.parametrize("structure", ["tensor", "list", "tuple", "namedtuple", "dict"])
+def test_the_layer_is_replaced(structure):
+    """What the rest of the teacher sees is the masked features, in the structure it expects."""
+    teacher = Net(8, structure)
+    levels = 1 if structure == "tensor" else 2
+    trainer = TokenTrainer(teacher, "neck", [8] * levels)
+    output, dice = trainer(IMAGE)
+    features = teacher.neck(teacher.stem(IMAGE))
+    features = [features] if structure == "tensor" else list(features.values() if structure == "dict" else features)
+    pairs = [module(level) for module, level in zip(trainer.mask_modules, features, strict=True)]
+    torch.testing.assert_close(output["logits"], teacher.head(pairs[0][0]))
+    torch.testing.assert_close(dice, sum(d for _, d in pairs))
+
+
+def test_training_learns_and_leaves_the_teacher_alone():
+    teacher = Net(8)
+    before = copy.deepcopy(teacher.state_dict())
+    trainer = TokenTrainer(teacher, "neck", [8, 8])
+    optimizer = torch.optim.Adam(trainer.parameters(), lr=0.01)
+    history = []
+    for _ in range(60):
+        output, dice = trainer(IMAGE)
+        loss = task_loss(output) + dice
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append((loss.item(), dice.item()))
+    assert history[-1][0] < history[0][0] - 0.05
+    assert history[-1][1] < history[0][1]
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is not None for p in trainer.mask_modules[0].parameters())
+    assert {k.split(".")[0] for k in trainer.state_dict()} == {"mask_modules"}
+
+
+def test_teacher_mode():
+    teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5))
+    trainer = TokenTrainer(teacher, "0", 8)
+    assert not any(m.training for m in teacher.modules())
+    trainer.train()
+    assert not any(m.training for m in teacher.modules())
+    TokenTrainer(teacher, "0", 8, teacher_training=True)(IMAGE)
+    assert teacher.training
+    assert not teacher[1].training
+    assert not teacher[2].training
+
+
+def test_removing_gives_the_teacher_back():
+    teacher = Net(8, "tensor")
+    teacher.head.requires_grad_(False)
+    teacher.eval()
+    plain = teacher(IMAGE)["logits"]
+    with TokenTrainer(teacher, "neck", 8) as trainer:
+        assert not any(p.requires_grad for p in teacher.parameters())
+        assert not torch.equal(trainer(IMAGE)[0]["logits"], plain)
+        assert torch.equal(teacher(IMAGE)["logits"], plain)  # called by somebody else: not masked
+    assert torch.equal(teacher(IMAGE)["logits"], plain)
+    assert all(p.requires_grad for p in teacher.stem.parameters())
+    assert not any(p.requires_grad for p in teacher.head.parameters())
+    with pytest.raises(RuntimeError, match="hook has been removed"):
+        trainer(IMAGE)
+
+
+def test_files(tmp_path):
+    trainer = TokenTrainer(Net(8), "neck", [8, 8], num_tokens=4)
+    trainer.save(tmp_path / "tokens.pth")
+    assert set(torch.load(tmp_path / "tokens.pth", weights_only=True)) == {"state_dict"}
+    other = TokenTrainer(Net(8), "neck", [8, 8], num_tokens=4)
+    other.load(tmp_path / "tokens.pth")
+    loss_fn = MasKDLoss([8, 8], num_tokens=4, pretrained=tmp_path / "tokens.pth")
+    for module in (other, loss_fn):
+        for key, value in trainer.mask_modules.state_dict().items():
+            assert torch.equal(module.mask_modules.state_dict()[key], value)
+    with pytest.raises(ValueError, match=r"mask_modules.0.mask_token: expected \[6, 8\], got \[4, 8\]"):
+        TokenTrainer(Net(8), "neck", [8, 8]).load(tmp_path / "tokens.pth")
+
+
+def test_files_for_segmentation(tmp_path):
+    trainer = TokenTrainer(Net(8), "head", 5, num_tokens=8, weight_mask=False)
+    trainer(IMAGE)
+    trainer.save(tmp_path / "tokens.pth")
+    loss_fn = MasKDSegLoss(5, pretrained=tmp_path / "tokens.pth")
+    assert torch.equal(loss_fn.mask_module.mask_token, trainer.mask_modules[0].mask_token)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="layer: no layer 'nek' in Net; near it: neck"):
+        TokenTrainer(Net(8), "nek", 8)
+    with pytest.raises(ValueError, match="channels: expected one per level that 'neck' puts out, 2, got 1"):
+        TokenTrainer(Net(8), "neck", 8)(IMAGE)
+    with pytest.raises(ValueError, match=r"tokens: expected \[K, 8\] for a teacher of \[2, 8, 16, 16\], got \[6, 4\]"):
+        TokenTrainer(Net(8, "tensor"), "neck", 4, weight_mask=False)(IMAGE)
+    with pytest.raises(RuntimeError, match="layer: 'never' did not run"):
+        TokenTrainer(Net(8), "never", 8)(IMAGE)
+    with pytest.raises(ValueError, match="channels: expected at least one level"):
+        TokenTrainer(Net(8), "neck", [])
+
+
+def run_ddp(rank, world, path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    trainer = TokenTrainer(Net(8, "tensor"), "neck", 8)
+    ddp = nn.parallel.DistributedDataParallel(trainer)
+    optimizer = torch.optim.SGD(trainer.parameters(), lr=0.1)
+    torch.manual_seed(rank)
+    for _ in range(2):
+        output, dice = ddp(torch.randn(2, 3, 16, 16))
+        optimizer.zero_grad()
+        (task_loss(output) + dice).backward()
+        optimizer.step()
+    values = torch.cat([p.detach().flatten() for p in trainer.parameters()])
+    gathered = [torch.zeros_like(values) for _ in range(world)]
+    torch.distributed.all_gather(gathered, values)
+    assert torch.equal(gathered[0], gathered[1])
+    torch.distributed.destroy_process_group()
+
+
+def test_ddp(tmp_path):
+    torch.multiprocessing.spawn(run_ddp, (2, tmp_path / "rendezvous"), nprocs=2)
+
+
+def test_plot_masks(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot_masks(torch.rand(3, 32, 48), torch.rand(6, 8, 12), tmp_path / "masks.png", title="six tokens")
+    assert (tmp_path / "masks.png").read_bytes().startswith(b"\x89PNG")
+    plot_masks(torch.randint(0, 255, (1, 16, 16), dtype=torch.uint8), torch.rand(1, 4, 4), tmp_path / "one.png")
+    with pytest.raises(ValueError, match=r"masks: expected \[K, h, w\], got \[1, 6, 8, 12\]"):
+        plot_masks(torch.rand(3, 32, 48), torch.rand(1, 6, 8, 12), tmp_path / "bad.png")
+    with pytest.raises(ValueError, match=r"image: expected \[3, H, W\] or \[1, H, W\], got \[4, 8, 8\]"):
+        plot_masks(torch.rand(4, 8, 8), torch.rand(6, 8, 12), tmp_path / "bad.png")
