@@ -1,4 +1,4 @@
-"""The MasKD detection loss on one level, forward and backward: the published formula, what PyTorch can make of it, ours.
+"""The MasKD loss on one level, forward and backward: the published formula, what PyTorch can make of it, ours.
 
 Providers, all in float32 semantics, tokens frozen, mask weighting on:
 
@@ -55,7 +55,7 @@ def simplified(student: Tensor, teacher: Tensor, tokens: Tensor, weighting: Mask
     if weighting is None:
         return share.mean()
     image = teacher.float()
-    n, c, height, width = image.shape
+    _, c, height, width = image.shape
     total, row, column = image.sum((2, 3)), image.sum(3), image.sum(2)
     rows, columns = (row[..., -1], None, row[..., 0]), (column[..., -1], None, column[..., 0])
     corners = {

@@ -1,4 +1,4 @@
-"""Timing that an expert believes: providers interleaved in one run, medians and spread, peak memory, and the machine."""
+"""Providers interleaved in one run, medians and spread, peak memory, and what machine it was."""
 
 from __future__ import annotations
 

@@ -200,6 +200,32 @@ MASKD_INLINE void visit_borders(const ReceptiveLevel& level, int64_t begin, int6
     if (corners[corner] >= begin && corners[corner] < end) visit(5 + corner, corners[corner] - begin);
 }
 
+// While tiles are read, sums are kept of nine pixel sets: all, first row, last row, first column, last column, and the
+// corners top left, top right, bottom left, bottom right. What a tap reads is everything without the row and the column
+// that its shift moves out of the image. Both conversions work on one channel; entries are `stride` apart.
+enum Set { kAll, kTop, kBottom, kLeft, kRight, kTopLeft, kTopRight, kBottomLeft, kBottomRight };
+
+template <typename T>
+void sets_to_taps(T* x, int64_t stride) {
+  T s[kTaps];
+  for (int i = 0; i < kTaps; ++i) s[i] = x[i * stride];
+  const T row[3] = {s[kBottom], 0, s[kTop]}, column[3] = {s[kRight], 0, s[kLeft]};
+  const T corner[3][3] = {{s[kBottomRight], 0, s[kBottomLeft]}, {0, 0, 0}, {s[kTopRight], 0, s[kTopLeft]}};
+  for (int i = 0; i < 3; ++i)
+    for (int j = 0; j < 3; ++j) x[(3 * i + j) * stride] = s[kAll] - row[i] - column[j] + corner[i][j];
+}
+
+// The transpose: gradients of the taps' sums to gradients of the sets' sums.
+template <typename T>
+void taps_to_sets(const T* taps, T* sets, int64_t stride) {
+  T g[3][3], row[3], column[3];
+  for (int i = 0; i < kTaps; ++i) g[i / 3][i % 3] = taps[i * stride];
+  for (int i = 0; i < 3; ++i) row[i] = g[i][0] + g[i][1] + g[i][2], column[i] = g[0][i] + g[1][i] + g[2][i];
+  const T result[kTaps] = {
+      row[0] + row[1] + row[2], -row[2], -row[0], -column[2], -column[0], g[2][2], g[2][0], g[0][2], g[0][0]};
+  for (int i = 0; i < kTaps; ++i) sets[i * stride] = result[i];
+}
+
 template <typename T>
 struct ForwardScratch {
   T *logits, *student_logits, *distance, *rows, *tails, *packed;
@@ -445,13 +471,14 @@ void reduce_image(const Plan& plan, int64_t l, int64_t n, const double* partials
       for (int64_t m = 0; m <= k; ++m, ++entry) gram[k * K + m] = gram[m * K + k] = total(entry);
   }
   if (out.sums) {
-    T* destination = static_cast<T*>(out.sums) + n * kBorderSums * problem.total_channels + level.channel_offset;
-    const int sets = level.width > 0 ? kBorderSums : 1;
-    for (int set = 0; set < kBorderSums; ++set) {
+    T* destination = static_cast<T*>(out.sums) + n * kTaps * problem.total_channels + level.channel_offset;
+    const int sets = level.width > 0 ? kTaps : 1;
+    for (int set = 0; set < kTaps; ++set) {
       T* row_out = destination + set * problem.total_channels;
       for (int64_t c = 0; c < C; ++c) row_out[c] = T(0);
       for (int64_t i = 0; set < sets && i < tiles; ++i) add_run(row_out, sums + (first + i) * sums_size + set * C, C);
     }
+    for (int64_t c = 0; c < C; ++c) sets_to_taps(destination + c, problem.total_channels);
   }
 }
 
@@ -465,7 +492,7 @@ bool forward(const ReceptiveProblem& problem, const ReceptiveStats& out) {
 
   const int threads = worker_count(problem);
   const int64_t partial_size = 2 * K + K * (K + 1) / 2;
-  const int64_t sums_size = out.sums ? kBorderSums * plan.max_channels : 0;
+  const int64_t sums_size = out.sums ? kTaps * plan.max_channels : 0;
   Arena measure{nullptr};
   ForwardScratch<T>{}.take(measure, problem, plan.max_size, plan.max_channels);
   const int64_t scratch_bytes = measure.used;
@@ -516,13 +543,12 @@ bool forward(const ReceptiveProblem& problem, const ReceptiveStats& out) {
 
 template <typename T>
 struct BackwardScratch {
-  T *coefficient, *grad_logits, *pair_sums, *student_row, *teacher_row, *grad_row, *result_row;
+  T *coefficient, *grad_logits, *student_row, *teacher_row, *grad_row, *result_row;
 
   void take(Arena& arena, const ReceptiveProblem& problem, int64_t tile, int64_t channels) {
     const int64_t run = round_up(tile > channels ? tile : channels, kLanes<T>);
     coefficient = arena.take<T>(tile);
     grad_logits = arena.take<T>(problem.num_tokens * tile);
-    pair_sums = arena.take<T>(problem.num_tokens);
     student_row = arena.take<T>(run);
     teacher_row = arena.take<T>(run);
     grad_row = arena.take<T>(run);
@@ -604,7 +630,7 @@ struct BackwardTile {
   const ReceptiveLevel& level;
   const Tile& tile;
   const BackwardScratch<T>& scratch;
-  const T* sums_grad;  // [9, total channels] of this image, or nullptr
+  const T* sums_grad;  // [9 sets, total channels] of this image, or nullptr
   T* token_partial;    // [K, C], or nullptr
   bool stream;
 
@@ -726,13 +752,21 @@ bool backward(const ReceptiveProblem& problem, const ReceptiveStats& saved, cons
   BackwardScratch<T>{}.take(measure, problem, plan.max_size, plan.max_channels);
   const int64_t scratch_bytes = measure.used;
   Arena sizes{nullptr};
+  const int64_t sets_size = grad.sums ? kTaps * problem.total_channels : 0;
   sizes.take<T>(plan.total * partial_size);
+  sizes.take<T>(problem.batch * sets_size);
   sizes.take<char>(threads * scratch_bytes);
   void* block = std::malloc(size_t(sizes.used) + kVectorBytes);
   FreeDeleter free_block{block};
   if (!block) return false;
   Arena arena{static_cast<char*>(block) + (-reinterpret_cast<intptr_t>(block) & (kVectorBytes - 1))};
   T* partials = arena.take<T>(plan.total * partial_size);
+  T* sets_grad = arena.take<T>(problem.batch * sets_size);
+  for (int64_t n = 0; grad.sums && n < problem.batch; ++n) {
+    for (int64_t c = 0; c < problem.total_channels; ++c)
+      taps_to_sets(static_cast<const T*>(grad.sums) + n * sets_size + c, sets_grad + n * sets_size + c,
+                   problem.total_channels);
+  }
   char* scratch_base = arena.take<char>(threads * scratch_bytes);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -748,8 +782,7 @@ bool backward(const ReceptiveProblem& problem, const ReceptiveStats& saved, cons
         const ReceptiveLevel& level = *tile.level;
         if (level.student.present()) student_coefficient(problem, tile, saved, grad, scratch.coefficient);
         if (logits_wanted) token_logit_gradients(problem, tile, saved, grad, scratch.grad_logits);
-        const T* sums_grad =
-            grad.sums ? static_cast<const T*>(grad.sums) + tile.n * kBorderSums * problem.total_channels : nullptr;
+        const T* sums_grad = grad.sums ? sets_grad + tile.n * sets_size : nullptr;
         const BackwardTile<T> work{
             problem, level, tile, scratch, sums_grad, tokens_wanted ? partials + task * partial_size : nullptr, stream};
         if (level.interleaved) {

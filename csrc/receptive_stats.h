@@ -18,8 +18,7 @@
 
 namespace maskd {
 
-constexpr int kBorderSums =
-    9;  // total, top, bottom, left, right, and the corners: top left, top right, bottom left, bottom right
+constexpr int kTaps = 9;
 
 struct ReceptiveLevel {
   Feature teacher, student;            // [N, C, P]
@@ -28,7 +27,7 @@ struct ReceptiveLevel {
   void* grad_tokens = nullptr;         // [K, C], compute type; nullptr: not wanted
   int64_t channels = 0, pixels = 0;
   bool interleaved = false;    // which axis is dense, alike in every feature of the level
-  int64_t width = 0;           // columns of the image; used for the border sums only
+  int64_t width = 0;           // columns of the image; used for the taps' sums; 0: no image
   int64_t pixel_offset = 0;    // where this level begins on the concatenated pixel axis
   int64_t channel_offset = 0;  // and on the concatenated channel axis
 };

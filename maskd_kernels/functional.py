@@ -162,35 +162,16 @@ def _full_precision(x: Tensor) -> torch.autocast:
 
 
 def _mask_weights(sums: Tensor, teacher: list[Tensor], weighting: Sequence[MaskWeighting]) -> Tensor:
-    """``[L, N, K]``: softmax of the weighting module's logits, from the border sums ``[N, 9, C of all levels]``.
+    """``[L, N, K]``: softmax of the weighting module's logits, from the operator's ``sums`` ``[N, 9, C]`` of all levels.
 
-    A 3x3 convolution padded with zeros and averaged over the image sees, per tap (i, j), the sum of its input
-    shifted by that tap: the total without the rows and columns that the shift moves out of the image.
+    The average of a convolution's output is its weights times the average of what each tap reads.
     """
     result = []
     for sum_of, t, w in zip(sums.split([t.shape[1] for t in teacher], -1), teacher, weighting, strict=True):
-        total, top, bottom, left, right, top_left, top_right, bottom_left, bottom_right = sum_of.unbind(1)
-        without_bottom, without_top = total - bottom, total - top
-        shifted = torch.stack(
-            [
-                without_bottom - right + bottom_right,
-                without_bottom,
-                without_bottom - left + bottom_left,
-                total - right,
-                total,
-                total - left,
-                without_top - right + top_right,
-                without_top,
-                without_top - left + top_left,
-            ],
-            -1,
-        )  # [N, C, 9]
-        mean = (shifted / max(math.prod(t.shape[2:]), 1)).flatten(1)
-        c, k = t.shape[1], w.projection_weight.shape[0]
-        hidden = torch.addmm(w.conv_bias.to(mean.dtype), mean, w.conv_weight.to(mean.dtype).reshape(c, 9 * c).mT)
-        logits = torch.addmm(
-            w.projection_bias.to(mean.dtype), hidden, w.projection_weight.to(mean.dtype).reshape(k, c).mT
-        )
+        mean = (sum_of / max(math.prod(t.shape[2:]), 1)).mT.flatten(1)  # [N, 9C], channels first, as the weight's
+        conv_weight, projection_weight = (x.to(mean.dtype).flatten(1) for x in (w.conv_weight, w.projection_weight))
+        hidden = torch.addmm(w.conv_bias.to(mean.dtype), mean, conv_weight.mT)
+        logits = torch.addmm(w.projection_bias.to(mean.dtype), hidden, projection_weight.mT)
         result.append(logits.softmax(-1))
     return torch.stack(result)
 
@@ -210,12 +191,12 @@ def _masked_error(error: Tensor, mass: Tensor, weights: Tensor | None, channels:
     A mask that vanished everywhere has no error either; its share is 0 and not 0 / 0.
     """
     _, n, k = error.shape
-    share = error / (mass.clamp_min(torch.finfo(mass.dtype).tiny) + eps)
-    share = share / k if weights is None else share * weights
-    per_level = share.sum((1, 2)) / max(n, 1)
+    share = (1 / k if weights is None else weights) / (mass + eps).clamp_min(torch.finfo(mass.dtype).tiny)
     if len(set(channels)) == 1:
-        return per_level.sum() / channels[0]
-    return torch.stack([value / c for value, c in zip(per_level.unbind(), channels, strict=True)]).sum()
+        share = share / (channels[0] * max(n, 1))
+    else:
+        share = torch.stack([x / (c * max(n, 1)) for x, c in zip(share.unbind(), channels, strict=True)])
+    return (error * share).sum()
 
 
 # ---- Public functions --------------------------------------------------------------------------

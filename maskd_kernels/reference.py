@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BORDER_SUMS = 9  # total, top, bottom, left, right, then the corners: top left, top right, bottom left, bottom right
+TAPS = 9  # of a 3x3 convolution, row by row
 
 
 class ReceptiveStats(NamedTuple):
@@ -28,7 +28,7 @@ class ReceptiveStats(NamedTuple):
     mass: Tensor  # [L, N, K] sum_p masks
     error: Tensor  # [L, N, K] sum_p masks^2 * distance
     gram: Tensor  # [L, N, K, K] sum_p masks_k * masks_l
-    sums: Tensor  # [N, 9, C] sums of the teacher over all pixels and over the image's borders
+    sums: Tensor  # [N, 9, C] sum of the teacher over the pixels that each tap of a zero-padded 3x3 convolution reads
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -36,14 +36,16 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def border_indicator(spatial: Sequence[int], like: Tensor) -> Tensor:
-    """``[9, P]``: 1 where a pixel belongs to the set that a row of ``sums`` adds up. 2-D images have borders."""
-    indicator = like.new_zeros(BORDER_SUMS, *spatial)
-    indicator[0] = 1
-    if len(spatial) == 2 and indicator[0].numel():
-        indicator[1, 0], indicator[2, -1], indicator[3, :, 0], indicator[4, :, -1] = 1, 1, 1, 1
-        indicator[5, 0, 0], indicator[6, 0, -1], indicator[7, -1, 0], indicator[8, -1, -1] = 1, 1, 1, 1
-    return indicator.flatten(1)
+def tap_windows(spatial: Sequence[int], like: Tensor) -> Tensor:
+    """``[9, P]``: 1 where a tap reads a pixel while its convolution slides over the image, padded with zeros.
+
+    The tap above the centre misses the last row, the one left of it the last column. Only images have such borders:
+    elsewhere every tap reads everything.
+    """
+    windows = like.new_ones(3, 3, *spatial)
+    if len(spatial) == 2 and windows.numel():
+        windows[0, :, -1], windows[2, :, 0], windows[:, 0, :, -1], windows[:, 2, :, 0] = 0, 0, 0, 0
+    return windows.flatten(2).flatten(0, 1)
 
 
 def receptive_stats(
@@ -78,7 +80,7 @@ def receptive_stats(
                 masks.sum(-1),
                 error,
                 masks @ masks.mT,
-                border_indicator(raw.shape[2:], t) @ t.mT if sums else empty,
+                tap_windows(raw.shape[2:], t) @ t.mT if sums else empty,
             )
         )
     return ReceptiveStats(
@@ -158,7 +160,7 @@ def receptive_stats_backward(
             if tokens:
                 d_teacher = d_teacher + tokens[level].to(dtype).mT @ d_logits
             if g_sums is not None:
-                d_teacher = d_teacher + g_sums.mT @ border_indicator(raw.shape[2:], t)
+                d_teacher = d_teacher + g_sums.mT @ tap_windows(raw.shape[2:], t)
             grad_teacher.append(d_teacher.reshape(raw.shape).to(raw.dtype))
     return grad_teacher, grad_tokens, grad_student
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from maskd_kernels import backends, native, reference
 from maskd_kernels.ops import layout
-from maskd_kernels.reference import BORDER_SUMS, ReceptiveStats, compute_dtype
+from maskd_kernels.reference import TAPS, ReceptiveStats, compute_dtype
 
 _NAME = "maskd_kernels::receptive_stats"
 _BACKWARD_NAME = "maskd_kernels::receptive_stats_backward"
@@ -48,7 +48,7 @@ def receptive_stats(
             none: only ``distance`` and ``sums`` carry information then.
         student: like ``teacher``, or none; its floating dtype may differ.
         customize: 0-dim bool on the features' device: whether masks are multiplied by the student's own. None: never.
-        sums: whether the border sums are wanted.
+        sums: whether the sums over the teacher are wanted.
 
     Returns:
         ``ReceptiveStats``; differentiable in every field but ``teacher_masks``.
@@ -74,7 +74,7 @@ def _empty_stats(
         mass=empty(levels, n, k),
         error=empty(levels, n, k, wanted=len(student) > 0),
         gram=empty(levels, n, k, k),
-        sums=empty(n, BORDER_SUMS, channels, wanted=sums),
+        sums=empty(n, TAPS, channels, wanted=sums),
     )
 
 

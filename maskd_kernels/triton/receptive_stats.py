@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maskd_kernels.ops import layout
-from maskd_kernels.reference import BORDER_SUMS, ReceptiveStats
+from maskd_kernels.reference import TAPS, ReceptiveStats
 
 BLOCK_C = 32
 BLOCK_P = 64
@@ -38,17 +38,16 @@ def feature_offsets(n, c, p, stride_n, stride, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
-def border_rows(p, pixels, width, ROWS: tl.constexpr):
-    """[ROWS, BLOCK_P] float: row r is 1 where a pixel belongs to border sum r (reference.BORDER_SUMS), else 0."""
-    r = tl.arange(0, ROWS)[:, None]
-    x, inside = p % tl.maximum(width, 1), (p < pixels) & (width > 0)
-    top, bottom = (inside & (p < width))[None, :], (inside & (p >= pixels - width))[None, :]
-    left, right = (inside & (x == 0))[None, :], (inside & (x == width - 1))[None, :]
-    member = (r == 0) & (p < pixels)[None, :]
-    member |= ((r == 1) & top) | ((r == 2) & bottom) | ((r == 3) & left) | ((r == 4) & right)
-    member |= ((r == 5) & top & left) | ((r == 6) & top & right)
-    member |= ((r == 7) & bottom & left) | ((r == 8) & bottom & right)
-    return member.to(tl.float32)
+def tap_windows(p, pixels, width, ROWS: tl.constexpr):
+    """[ROWS, BLOCK_P] float: row 3i + j is 1 where tap (i, j) reads a pixel (reference.tap_windows), else 0."""
+    i, j = tl.arange(0, ROWS)[:, None] // 3, tl.arange(0, ROWS)[:, None] % 3
+    x, image = p % tl.maximum(width, 1), width > 0
+    first_row, last_row = image & (p < width), image & (p >= pixels - width)
+    first_column, last_column = image & (x == 0), image & (x == width - 1)
+    read = (p < pixels)[None, :] & (i < 3)
+    read &= ((i != 0) | ~last_row[None, :]) & ((i != 2) | ~first_row[None, :])
+    read &= ((j != 0) | ~last_column[None, :]) & ((j != 2) | ~first_column[None, :])
+    return read.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["channels", "pixels", "width", "total_pixels", "pixel_offset", *_STRIDES])
@@ -98,7 +97,7 @@ def forward_kernel(
     student_logits = tl.zeros([K_PAD, BLOCK_P], tl.float32)
     d = tl.zeros([BLOCK_P], tl.float32)
     if SUMS:
-        borders = border_rows(p, pixels, width, 16)
+        windows = tap_windows(p, pixels, width, 16)
 
     for start in range(0, channels, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
@@ -116,7 +115,7 @@ def forward_kernel(
             if CUSTOMIZE:
                 student_logits = tl.dot(e, s, student_logits, input_precision=PRECISION)
         if SUMS:
-            sums_c = tl.dot(borders, tl.trans(t), input_precision=PRECISION)  # [16, BLOCK_C]
+            sums_c = tl.dot(windows, tl.trans(t), input_precision=PRECISION)  # [16, BLOCK_C]
             r = tl.arange(0, 16)
             to = (task * 9 + r[:, None]) * channels + c[None, :]
             tl.store(sums + to, sums_c, mask=(r < 9)[:, None] & (c < channels)[None, :])
@@ -247,7 +246,7 @@ def backward_kernel(
             d_logits = tl.where(real, inner * m * (1 - factor), 0.0)  # [K_PAD, BLOCK_P]
     coefficient *= 2
     if HAS_SUMS and WANT_TEACHER:
-        borders = border_rows(p, pixels, width, 16)
+        windows = tap_windows(p, pixels, width, 16)
 
     for start in range(0, channels, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
@@ -276,7 +275,7 @@ def backward_kernel(
                 r = tl.arange(0, 16)
                 g_at = (n * 9 + r[None, :]) * total_channels + channel_offset + c[:, None]
                 g = tl.load(grad_sums + g_at, mask=(r < 9)[None, :] & (c < channels)[:, None], other=0.0)
-                d_teacher = tl.dot(g, borders, d_teacher, input_precision=PRECISION)
+                d_teacher = tl.dot(g, windows, d_teacher, input_precision=PRECISION)
             tl.store(grad_teacher + grad_at, d_teacher.to(grad_teacher.dtype.element_ty), mask=valid)
 
 
@@ -346,7 +345,7 @@ def forward(
         n, channels, pixels = t.view.shape
         tiles, _ = grid = _grid(t.view, BLOCK_P)
         partials = t.view.new_empty(n * tiles, 2 * num_tokens + num_tokens**2, dtype=torch.float32)
-        sums = t.view.new_empty(n * tiles, BORDER_SUMS * channels if out.sums.numel() else 0, dtype=torch.float32)
+        sums = t.view.new_empty(n * tiles, TAPS * channels if out.sums.numel() else 0, dtype=torch.float32)
         strides, constants = _feature_arguments(t, s)
         if n * tiles:
             forward_kernel[grid](
@@ -380,7 +379,7 @@ def forward(
             _reduce(partials, out.error[level], n, tiles, k, k)
         _reduce(partials, out.gram[level], n, tiles, 2 * k, k * k)
         if out.sums.numel():
-            _reduce(sums, out.sums[:, :, channel_offset:], n, tiles, 0, channels, BORDER_SUMS)
+            _reduce(sums, out.sums[:, :, channel_offset:], n, tiles, 0, channels, TAPS)
         pixel_offset += pixels
         channel_offset += channels
 
