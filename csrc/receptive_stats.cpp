@@ -63,9 +63,12 @@ struct Plan {
   bool student_only;  // no statistics to accumulate: tiles need not hold all channels
   int64_t total = 0, max_size = 0, max_channels = 0;
 
+  // A few tasks for each thread; more would only repeat what a tile's channels share.
   int64_t channel_block(int64_t l) const {
-    const int64_t channels = problem->levels[l].channels;
-    return student_only && !problem->levels[l].interleaved && channels > kStudentChannels ? kStudentChannels : channels;
+    const int64_t channels = problem->levels[l].channels, images = problem->batch * tiles[l];
+    if (!student_only || problem->levels[l].interleaved || images == 0) return channels;
+    const int64_t blocks = (2 * problem->threads + images - 1) / images;
+    return blocks < channels ? (channels + blocks - 1) / blocks : 1;
   }
 
   // Tasks follow each other image by image.
@@ -563,14 +566,18 @@ void student_coefficient(const ReceptiveProblem& problem, const Tile& tile, cons
                          const ReceptiveStats& grad, T* coefficient) {
   const int64_t K = problem.num_tokens, P = problem.total_pixels, column = tile.level->pixel_offset + tile.begin;
   const T* distance_grad = static_cast<const T*>(grad.distance);
-  for (int64_t i = 0; i < tile.count; ++i)
-    coefficient[i] = distance_grad ? 2 * distance_grad[tile.n * P + column + i] : T(0);
-  if (!grad.error) return;
-  const T* error_grad = static_cast<const T*>(grad.error) + (tile.level_index * problem.batch + tile.n) * K;
-  for (int64_t k = 0; k < K; ++k) {
-    const T* mask = static_cast<const T*>(saved.masks) + (tile.n * K + k) * P + column;
-    const T factor = 2 * error_grad[k];
-    for (int64_t i = 0; i < tile.count; ++i) coefficient[i] += factor * mask[i] * mask[i];
+  const T* error_grad = static_cast<const T*>(grad.error);
+  if (error_grad) error_grad += (tile.level_index * problem.batch + tile.n) * K;
+  for (int64_t begin = 0; begin < tile.count; begin += kPiece) {
+    const int64_t count = tile.count - begin < kPiece ? tile.count - begin : kPiece;
+    T* piece = coefficient + begin;
+    for (int64_t i = 0; i < count; ++i)
+      piece[i] = distance_grad ? 2 * distance_grad[tile.n * P + column + begin + i] : T(0);
+    for (int64_t k = 0; error_grad && k < K; ++k) {
+      const T* mask = static_cast<const T*>(saved.masks) + (tile.n * K + k) * P + column + begin;
+      const T factor = 2 * error_grad[k];
+      for (int64_t i = 0; i < count; ++i) piece[i] += factor * mask[i] * mask[i];
+    }
   }
 }
 

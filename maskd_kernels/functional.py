@@ -162,7 +162,7 @@ def _full_precision(x: Tensor) -> torch.autocast:
 
 
 def _mask_weights(sums: Tensor, teacher: list[Tensor], weighting: Sequence[MaskWeighting]) -> Tensor:
-    """``[L, N, K]``: softmax of the weighting module's logits, from the operator's ``sums`` ``[N, 9, C]`` of all levels.
+    """``[L, N, K]``: softmax of the weighting module's logits, from ``sums`` ``[N, 9, C]`` of all levels.
 
     The average of a convolution's output is its weights times the average of what each tap reads.
     """
