@@ -26,9 +26,11 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench --json bench/results
+	$(BIN)/python -m bench --keep-memory --json bench/results
 
 gpu:
-	MASKD_TEST_GPU=1 $(PYTHON) -m pytest -q -m gpu
+	MASKD_TEST_GPU=1 $(PYTHON) -m pytest -q tests/test_receptive_stats.py tests/test_golden_maskd.py tests/test_functional.py \
+		tests/test_losses_maskd.py
 	$(PYTHON) -m bench --device cuda --json bench/results
 
 lint: $(INSTALLED)

@@ -1,8 +1,10 @@
 """The MasKD loss on one level, forward and backward: the published formula, what PyTorch can make of it, ours.
 
-Providers, all in float32 semantics, tokens frozen, mask weighting on:
+Providers; tokens frozen except in the first:
 
-- ``published``: the formula as published, eager, with its ``[N, K, C, H, W]`` tensors and its 3x3 convolution
+- ``published_as_shipped``: the formula as published, eager, with its ``[N, K, C, H, W]`` tensors and its 3x3
+  convolution; tokens and weighting receive gradients, as in the authors' module, which does not freeze them
+- ``published``: the same with tokens and weighting frozen
 - ``simplified_compiled``: masks without a channel axis, the weighting from nine sums per channel, in one fused graph
 - ``native`` / ``triton`` / ``reference``: the backends of ``receptive_stats`` under ``maskd_loss``
 - ``streaming``: reads two feature maps and writes one, nothing else: the floor
@@ -10,6 +12,7 @@ Providers, all in float32 semantics, tokens frozen, mask weighting on:
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -99,10 +102,20 @@ def build(case: Case, device: str) -> tuple[dict[str, Callable[[], Any]], Callab
         arguments = (student, teacher, tokens.to(case.dtype), published_weighting)
         return differentiated(reference.published_maskd_loss(*arguments))
 
+    shipped = copy.deepcopy(module).to(case.dtype).requires_grad_(True)
+
+    def published_as_shipped() -> tuple[Tensor, Tensor]:
+        loss = reference.published_maskd_loss(student, teacher, shipped.mask_token, shipped.weighting)
+        return loss.detach(), torch.autograd.grad(loss, [student, *shipped.parameters()])[0]
+
     def simplified_compiled() -> tuple[Tensor, Tensor]:
         return differentiated(compiled(student, teacher, tokens, weighting))
 
-    providers: dict[str, Callable[[], Any]] = {"published": published, "simplified_compiled": simplified_compiled}
+    providers: dict[str, Callable[[], Any]] = {
+        "published_as_shipped": published_as_shipped,
+        "published": published,
+        "simplified_compiled": simplified_compiled,
+    }
 
     def ours(backend: str) -> Callable[[], tuple[Tensor, Tensor]]:
         def run() -> tuple[Tensor, Tensor]:

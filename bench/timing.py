@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -36,13 +37,14 @@ def interleaved(providers: dict[str, Callable[[], Any]], seconds: float, least: 
         for _ in range(3):
             function()
     deadline = time.perf_counter() + seconds
-    rounds = 0
+    rounds, order = 0, random.Random(0)
     while rounds < least or time.perf_counter() < deadline:
         rounds += 1
-        for name, function in providers.items():
+        # In a new order each round: nobody always finds what the same neighbour left in the caches.
+        for name in order.sample(list(providers), len(providers)):
             _synchronize()
             start = time.perf_counter()
-            function()
+            providers[name]()
             _synchronize()
             times[name].append((time.perf_counter() - start) * 1e3)
     result = {}

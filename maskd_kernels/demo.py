@@ -88,10 +88,10 @@ def compose_scenes(digits: tuple[Tensor, Tensor], count: int, size: int, seed: i
     scenes = torch.empty(count, 3, size, size)
     labels = torch.zeros(count, size, size, dtype=torch.int64)
     for scene, label in zip(scenes, labels, strict=True):
-        coarse = torch.rand(1, 3, 5, 5, generator=generator) * uniform(0.2, 0.6)
+        coarse = torch.rand(1, 3, 5, 5, generator=generator) * uniform(0.1, 0.5)
         scene.copy_(F.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=True)[0])
-        for clutter in [True] * draw(2, 5) + [False] * draw(3, 6):
-            which, side = draw(0, len(pixels)), draw(18, 33)
+        for clutter in [True] * draw(0, 3) + [False] * draw(3, 6):
+            which, side = draw(0, len(pixels)), draw(20, 33)
             digit = F.interpolate(pixels[which][None, None], size=(side, side), mode="bicubic", align_corners=False)
             shape = digit[0, 0].clamp(0, 1)
             if clutter:  # a torn piece of a digit: strokes that mean nothing

@@ -1,0 +1,111 @@
+"""What an installed package is: builds without Torch, works without a compiler, carries what it says."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import maskd_kernels
+
+ROOT = Path(__file__).parent.parent
+
+
+def install(target, tmp_path, **environment):
+    """``pip install`` of a copy of the source under build isolation, without dependencies."""
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if files.returncode:
+        pytest.skip("needs the git checkout: the copy takes the files that git tracks")
+    source = tmp_path / "source"
+    for name in files.stdout.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "install", "-v", "--no-deps", "--target", str(target), str(source)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    return result.stdout + result.stderr
+
+
+def run(target, code, **environment):
+    """Python beside the checkout, with the installed copy first on the path."""
+    environment = {**os.environ, "PYTHONPATH": str(target), **environment}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=target, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+LOSS = """
+import sys
+sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]  # the checkout, installed for development
+import torch, maskd_kernels
+from maskd_kernels import cli, native
+assert maskd_kernels.__file__.startswith({target!r}), maskd_kernels.__file__
+student = torch.randn(2, 8, 5, 7, requires_grad=True)
+maskd_kernels.MasKDLoss(8)(student, torch.randn(2, 8, 5, 7)).backward()
+print(native.available())
+print(cli.info())
+"""
+
+
+@pytest.mark.slow
+def test_install_builds_the_extension_without_torch(tmp_path):
+    """Build isolation has no Torch in it; the extension neither sees its headers nor links it."""
+    target = tmp_path / "site"
+    install(target, tmp_path)
+    output = run(target, LOSS.format(target=str(target)))
+    assert output.startswith("True")
+    (extension,) = target.glob("maskd_kernels/_native*.so")
+    needed = subprocess.run(["ldd", extension], capture_output=True, text=True, check=False).stdout
+    assert "torch" not in needed
+    assert (target / "maskd_kernels" / "py.typed").exists()
+
+
+@pytest.mark.slow
+def test_install_without_a_compiler(tmp_path):
+    """It installs all the same, says what is slower, computes by the reference, and ``info`` says why."""
+    target = tmp_path / "site"
+    log = install(target, tmp_path, CC="/nonexistent", CXX="/nonexistent")
+    assert "the C++ kernels were not built" in log
+    assert not list(target.glob("maskd_kernels/_native*"))
+    output = run(target, LOSS.format(target=str(target)))
+    assert output.startswith("False")
+    assert "native     missing: the C++ extension could not be loaded" in output
+
+
+def test_import_needs_nothing_optional():
+    """No Triton, no torchvision, no matplotlib and no compiled kernel is touched by the import."""
+    optional = ["triton", "torchvision", "matplotlib", "sklearn", "maskd_kernels._native"]
+    code = f"import sys, torch, maskd_kernels; print([m for m in {optional} if m in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert loaded.strip() == "[]"
+
+
+def test_version_is_in_one_place():
+    from importlib.metadata import version
+
+    assert version("maskd-kernels") == maskd_kernels.__version__
+
+
+def test_public_names_are_documented():
+    for name in maskd_kernels.__all__:
+        thing = getattr(maskd_kernels, name)
+        if name != "__version__":
+            assert thing.__doc__, name
+
+
+def test_docstring_examples():
+    import doctest
+
+    from maskd_kernels import backends, functional
+    from maskd_kernels.distill import distiller, tokens
+    from maskd_kernels.losses import maskd
+
+    attempted = 0
+    for module in (backends, functional, distiller, tokens, maskd):
+        result = doctest.testmod(module)
+        assert result.failed == 0, module.__name__
+        attempted += result.attempted
+    assert attempted > 30
