@@ -34,17 +34,18 @@ class Settings:
     """Everything that decides the result; part of every cached stage's name."""
 
     size: int = 64  # pixels
-    train_scenes: int = 1200
+    train_scenes: int = 4000
     validation_scenes: int = 400
     test_scenes: int = 800
     batch: int = 32
-    teacher_steps: int = 1500
+    teacher_steps: int = 1000
     token_steps: int = 150
     student_steps: int = 500
-    learning_rate: float = 3e-3
+    teacher_learning_rate: float = 3e-3
+    student_learning_rate: float = 1e-2
     token_learning_rate: float = 1e-2
     num_tokens: int = 6
-    loss_weights: tuple[float, ...] = (0.3, 1.0, 3.0)
+    loss_weights: tuple[float, ...] = (0.5, 2.0, 8.0)
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
@@ -145,12 +146,12 @@ def build_teacher() -> PyramidSegmenter:
 
 
 def build_student() -> PyramidSegmenter:
-    """MobileNetV2 at a quarter of its width, the same strides."""
+    """MobileNetV2 at 0.35 of its width, the same strides."""
     from torchvision.models import mobilenet_v2
     from torchvision.models.feature_extraction import create_feature_extractor
 
     nodes = {"features.3": "0", "features.6": "1", "features.13": "2"}
-    backbone = create_feature_extractor(mobilenet_v2(weights=None, width_mult=0.25), nodes)
+    backbone = create_feature_extractor(mobilenet_v2(weights=None, width_mult=0.35), nodes)
     with torch.no_grad():
         channels = [level.shape[1] for level in backbone.eval()(torch.zeros(1, 3, 64, 64)).values()]
     return PyramidSegmenter(backbone.train(), channels)
@@ -269,7 +270,16 @@ class Demo:
                 return F.cross_entropy(model(scenes), labels)
 
             s = self.settings
-            fit(step, list(model.parameters()), self.data["train"], s, s.teacher_steps, 0, "teacher", s.learning_rate)
+            fit(
+                step,
+                list(model.parameters()),
+                self.data["train"],
+                s,
+                s.teacher_steps,
+                0,
+                "teacher",
+                s.teacher_learning_rate,
+            )
             return {"model": model.state_dict(), "validation": mean_iou(model, self.data["validation"])}
 
         model = self.ready(build_teacher())
@@ -320,7 +330,9 @@ class Demo:
                 return F.cross_entropy(model(scenes), labels)
 
             if loss is None:
-                curve = fit(alone, list(model.parameters()), data, s, s.student_steps, seed, name, s.learning_rate)
+                curve = fit(
+                    alone, list(model.parameters()), data, s, s.student_steps, seed, name, s.student_learning_rate
+                )
             else:
                 tap = Tap("fpn", "fpn", loss, name=method, weight=weight)
                 example = data.scenes[:1]
@@ -332,7 +344,7 @@ class Demo:
                         return F.cross_entropy(logits, labels) + sum(losses.values())
 
                     parameters = distiller.trainable_parameters()
-                    curve = fit(distilled, parameters, data, s, s.student_steps, seed, name, s.learning_rate)
+                    curve = fit(distilled, parameters, data, s, s.student_steps, seed, name, s.student_learning_rate)
             validation = mean_iou(model, self.data["validation"])
             return {"model": model.state_dict(), "curve": curve, "validation": validation}
 

@@ -39,7 +39,7 @@ def run(target, code, **environment):
 
 LOSS = """
 import sys
-sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]  # the checkout, installed for development
+sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]  # a development install
 import torch, maskd_kernels
 from maskd_kernels import cli, native
 assert maskd_kernels.__file__.startswith({target!r}), maskd_kernels.__file__
