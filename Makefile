@@ -30,7 +30,7 @@ bench: $(INSTALLED)
 
 gpu:
 	MASKD_TEST_GPU=1 $(PYTHON) -m pytest -q tests/test_receptive_stats.py tests/test_golden_maskd.py tests/test_functional.py \
-		tests/test_losses_maskd.py
+		tests/test_losses_maskd.py tests/test_gpu.py
 	$(PYTHON) -m bench --device cuda --json bench/results
 
 lint: $(INSTALLED)

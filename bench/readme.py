@@ -29,10 +29,11 @@ def _row(result: dict[str, Any]) -> str:
 def bench_section() -> str:
     """The tables of the CPU benches, one per allocator setting."""
     lines = [
-        "The loss of one level, forward and backward, two threads, tokens frozen. How many times faster than: the published",
-        "formula as shipped (its module's parameters get gradients), the same frozen, and the simplified formula (no channel",
-        "axis in the masks, no convolution) under `torch.compile`. Then our time over that of a pass that reads two maps,",
-        "writes one into memory already at hand and does nothing else; and the peak of extra memory in feature maps.",
+        "The loss of one level, forward and backward, two threads, tokens frozen. How many times faster than: the",
+        "published formula as shipped (its module's parameters get gradients), the same frozen, and the simplified",
+        "formula (no channel axis in the masks, no convolution) under `torch.compile`. Then our time over that of a",
+        "pass that reads two maps, writes one into memory already at hand and does nothing else; and the peak of",
+        "extra memory, in feature maps.",
     ]
     for path in sorted((ROOT / "bench" / "results").glob("*/receptive_stats*.json"), reverse=True):
         content = json.loads(path.read_text())

@@ -332,15 +332,3 @@ def test_forced_backend_that_cannot_run():
     meta = [torch.empty(1, 4, 3, 3, device="meta")]
     stats = receptive_stats(meta, [torch.empty(2, 4, device="meta")], meta)
     assert stats.masks.shape == (1, 2, 9)
-
-
-@pytest.mark.gpu
-def test_int64_offsets():
-    """More than 2^31 elements in one map."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU: 17 GB of features")
-    t = torch.randn(1, 4096, 1024, 528, device="cuda", dtype=torch.bfloat16)
-    e = torch.randn(1, 4096, device="cuda") * 0.01
-    stats = receptive_stats([t], [e], [t], None, False)
-    expected = (e @ t[0, :, -1, -8:].float()).sigmoid()
-    torch.testing.assert_close(stats.masks[0, :, -8:], expected, rtol=1e-3, atol=1e-3)

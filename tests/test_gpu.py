@@ -1,0 +1,80 @@
+"""What only a GPU can show. The other files run there too, with MASKD_TEST_GPU=1 (``make gpu``)."""
+
+import pytest
+import torch
+
+from maskd_kernels import MasKDLoss, receptive_masks
+from maskd_kernels.ops.receptive_stats import receptive_stats
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+def pyramid(dtype=torch.bfloat16):
+    return [torch.randn(2, 64, s, s + 4, device="cuda", dtype=dtype) for s in (40, 20, 10)]
+
+
+def step(loss_fn, student, teacher):
+    loss = loss_fn(student, teacher)
+    return [loss, *torch.autograd.grad(loss, student)]
+
+
+def test_the_host_never_waits():
+    student, teacher = [x.requires_grad_() for x in pyramid()], pyramid()
+    loss_fn = MasKDLoss([64] * 3, custom_mask_warmup=1).cuda()
+    step(loss_fn, student, teacher)  # compiles
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        step(loss_fn, student, teacher)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cuda_graph():
+    """Captured once and replayed on new features; the warm-up counter, a tensor, counts the replays."""
+    student, teacher = [x.requires_grad_() for x in pyramid()], pyramid()
+    captured, eager = (MasKDLoss([64] * 3, custom_mask_warmup=4).cuda() for _ in range(2))
+    eager.load_state_dict(captured.state_dict())
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step(captured, student, teacher)
+    torch.cuda.current_stream().wait_stream(stream)
+    captured._iter.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(captured, student, teacher)
+    for _ in range(6):
+        with torch.no_grad():
+            for x in (*student, *teacher):
+                x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(results, step(eager, student, teacher), strict=True))
+
+
+def test_other_stream_and_device_guard():
+    student, teacher = [x.requires_grad_() for x in pyramid()], pyramid()
+    loss_fn = MasKDLoss([64] * 3, custom_mask=False).cuda()
+    expected = step(loss_fn, student, teacher)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results = step(loss_fn, student, teacher)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_int64_offsets():
+    """More than 2^31 elements in one map: 4.4 GB in bfloat16."""
+    t = torch.randn(1, 4096, 1024, 528, device="cuda", dtype=torch.bfloat16)
+    e = torch.randn(1, 4096, device="cuda") * 0.01
+    stats = receptive_stats([t], [e], [t], None, False)
+    expected = (e @ t[0, :, -1, -8:].float()).sigmoid()
+    torch.testing.assert_close(stats.masks[0, :, -8:], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_float64_goes_to_the_reference():
+    t = torch.randn(1, 4, 3, 3, device="cuda", dtype=torch.float64)
+    assert receptive_masks(t, torch.randn(2, 4, device="cuda")).dtype == torch.float64
