@@ -1,0 +1,185 @@
+// How the kernels of receptive_stats cut their work: tiles of consecutive pixels times all channels, each with partial
+// results of its own, which are added in a fixed order: the result does not depend on the number of threads.
+#pragma once
+
+#include <cstdlib>
+
+#include "receptive_stats.h"
+
+namespace maskd {
+namespace {
+
+constexpr int64_t kAccumulatorBytes = 48 << 10;  // of a tile, so that they stay close while its channels stream by
+constexpr int64_t kStudentPixels = 1 << 15;   // of a tile that only needs the student's gradient: long rows in sequence
+constexpr int64_t kSerialElements = 1 << 15;  // below it, waking other threads costs more than it gains
+
+// Bump allocator; without a base it only adds up.
+struct Arena {
+  char* base = nullptr;
+  int64_t used = 0;
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += round_up(count * int64_t(sizeof(T)), kVectorBytes);
+    return p;
+  }
+};
+
+// The memory of one call. `arrange(arena)` runs twice: to add up what it takes, then to take it.
+struct Workspace {
+  void* block = nullptr;
+  ~Workspace() { std::free(block); }
+
+  template <typename Arrange>
+  bool provide(Arrange arrange) {
+    Arena sizes;
+    arrange(sizes);
+    block = std::malloc(size_t(sizes.used + kVectorBytes));
+    if (!block) return false;
+    Arena arena{static_cast<char*>(block) + (-reinterpret_cast<intptr_t>(block) & (kVectorBytes - 1))};
+    arrange(arena);
+    return true;
+  }
+};
+
+// What one thread's scratch takes.
+template <typename Scratch>
+int64_t scratch_bytes(const ReceptiveProblem& problem, int64_t tile, int64_t channels) {
+  Arena sizes;
+  Scratch{}.take(sizes, problem, tile, channels);
+  return sizes.used;
+}
+
+template <typename T>
+int64_t tile_pixels(const ReceptiveLevel& level, int64_t accumulators) {
+  const int64_t fitting = kAccumulatorBytes / int64_t(sizeof(T)) / (accumulators + 1);
+  int64_t tile = fitting / 64 * 64;
+  if (tile > 2048) tile = 2048;
+  if (level.interleaved && tile > 128) tile = 128;
+  if (tile < 64) tile = 64;
+  const int64_t whole = round_up(level.pixels, kLanes<T>);
+  return tile < whole ? tile : whole;
+}
+
+// Which piece of which image of which level task number `index` is.
+struct Tile {
+  const ReceptiveLevel* level;
+  int64_t level_index, n, begin, count, stride;  // stride: pixels per accumulator row, whole vectors
+  int64_t first_channel, last_channel;
+};
+
+struct Plan {
+  const ReceptiveProblem* problem;
+  int64_t* first;     // [levels + 1] first task of each level
+  int64_t* size;      // [levels] pixels per tile
+  int64_t* tiles;     // [levels] tiles per image
+  bool student_only;  // no statistics to accumulate: tiles need not hold all channels
+  int64_t total = 0, max_size = 0, max_channels = 0;
+
+  // A few tasks for each thread; more would only repeat what a tile's channels share.
+  int64_t channel_block(int64_t l) const {
+    const int64_t channels = problem->levels[l].channels, images = problem->batch * tiles[l];
+    if (!student_only || problem->levels[l].interleaved || images == 0) return channels;
+    const int64_t blocks = (2 * problem->threads + images - 1) / images;
+    return blocks < channels ? (channels + blocks - 1) / blocks : 1;
+  }
+
+  // Tasks follow each other image by image.
+  int64_t per_image(int64_t l) const {
+    return tiles[l] * ((problem->levels[l].channels + channel_block(l) - 1) / channel_block(l));
+  }
+
+  Tile tile(int64_t index) const {
+    int64_t l = 0;
+    while (index >= first[l + 1]) ++l;
+    const ReceptiveLevel& level = problem->levels[l];
+    const int64_t local = index - first[l], n = local / per_image(l), rest = local % per_image(l);
+    const int64_t begin = rest % tiles[l] * size[l], left = level.pixels - begin;
+    const int64_t channel = rest / tiles[l] * channel_block(l), last = channel + channel_block(l);
+    return {&level,
+            l,
+            n,
+            begin,
+            left < size[l] ? left : size[l],
+            size[l],
+            channel,
+            last < level.channels ? last : level.channels};
+  }
+};
+
+// `table`: 3 * levels + 1 integers.
+template <typename T>
+Plan lay_out(const ReceptiveProblem& problem, int64_t* table, int64_t accumulators, bool student_only) {
+  const int64_t levels = problem.num_levels;
+  Plan plan{&problem, table, table + levels + 1, table + 2 * levels + 1, student_only};
+  for (int64_t l = 0; l < levels; ++l) {
+    const ReceptiveLevel& level = problem.levels[l];
+    int64_t size = tile_pixels<T>(level, accumulators);
+    if (student_only && !level.interleaved) size = level.pixels < kStudentPixels ? level.pixels : kStudentPixels;
+    size = round_up(size, kLanes<T>);
+    plan.first[l] = plan.total;
+    plan.size[l] = size;
+    plan.tiles[l] = level.pixels == 0 ? 0 : (level.pixels + size - 1) / size;
+    plan.total += problem.batch * plan.per_image(l);
+    if (size > plan.max_size) plan.max_size = size;
+    if (level.channels > plan.max_channels) plan.max_channels = level.channels;
+  }
+  plan.first[levels] = plan.total;
+  return plan;
+}
+
+int worker_count(const ReceptiveProblem& problem) {
+  int64_t elements = 0;
+  for (int64_t l = 0; l < problem.num_levels; ++l)
+    elements += problem.batch * problem.levels[l].channels * problem.levels[l].pixels;
+  return elements < kSerialElements || problem.threads < 1 ? 1 : problem.threads;
+}
+
+// Calls visit(set, i) for every pixel i of a run that lies in a border set; set 0, the total, is the caller's.
+template <typename T, typename Visit>
+MASKD_INLINE void visit_borders(const ReceptiveLevel& level, int64_t begin, int64_t count, Visit visit) {
+  if (level.width == 0) return;
+  const int64_t width = level.width, pixels = level.pixels, end = begin + count, last_row = pixels - width;
+  for (int64_t p = begin; p < (end < width ? end : width); ++p) visit(1, p - begin);
+  for (int64_t p = begin > last_row ? begin : last_row; p < end; ++p) visit(2, p - begin);
+  for (int64_t p = round_up(begin, width); p < end; p += width) visit(3, p - begin);
+  for (int64_t p = round_up(begin + 1, width) - 1; p < end; p += width) visit(4, p - begin);
+  const int64_t corners[4] = {0, width - 1, last_row, pixels - 1};
+  for (int corner = 0; corner < 4; ++corner)
+    if (corners[corner] >= begin && corners[corner] < end) visit(5 + corner, corners[corner] - begin);
+}
+
+// While tiles are read, sums are kept of nine pixel sets: all, first row, last row, first column, last column, and the
+// corners top left, top right, bottom left, bottom right. What a tap reads is everything without the row and the column
+// that its shift moves out of the image. Both conversions work on one channel; entries are `stride` apart.
+enum Set { kAll, kTop, kBottom, kLeft, kRight, kTopLeft, kTopRight, kBottomLeft, kBottomRight };
+
+template <typename T>
+void sets_to_taps(T* x, int64_t stride) {
+  T s[kTaps];
+  for (int i = 0; i < kTaps; ++i) s[i] = x[i * stride];
+  const T row[3] = {s[kBottom], 0, s[kTop]}, column[3] = {s[kRight], 0, s[kLeft]};
+  const T corner[3][3] = {{s[kBottomRight], 0, s[kBottomLeft]}, {0, 0, 0}, {s[kTopRight], 0, s[kTopLeft]}};
+  for (int i = 0; i < 3; ++i)
+    for (int j = 0; j < 3; ++j) x[(3 * i + j) * stride] = s[kAll] - row[i] - column[j] + corner[i][j];
+}
+
+// The transpose: gradients of the taps' sums to gradients of the sets' sums.
+template <typename T>
+void taps_to_sets(const T* taps, T* sets, int64_t stride) {
+  T g[3][3], row[3], column[3];
+  for (int i = 0; i < kTaps; ++i) g[i / 3][i % 3] = taps[i * stride];
+  for (int i = 0; i < 3; ++i) row[i] = g[i][0] + g[i][1] + g[i][2], column[i] = g[0][i] + g[1][i] + g[2][i];
+  const T result[kTaps] = {
+      row[0] + row[1] + row[2], -row[2], -row[0], -column[2], -column[0], g[2][2], g[2][0], g[0][2], g[0][0]};
+  for (int i = 0; i < kTaps; ++i) sets[i * stride] = result[i];
+}
+
+template <typename T>
+void add_run(T* to, const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
+}  // namespace
+}  // namespace maskd
