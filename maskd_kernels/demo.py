@@ -199,7 +199,7 @@ def progress(iterable: Any, total: int, text: str) -> Any:
 
 
 def fit(
-    step: Callable[[Tensor, Tensor], Tensor],
+    step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     parameters: list[nn.Parameter],
     data: Data,
     settings: Settings,
@@ -208,17 +208,20 @@ def fit(
     text: str,
     learning_rate: float,
 ) -> list[float]:
-    """AdamW under a one-cycle schedule on the loss that ``step`` returns; the loss of each step."""
+    """AdamW under a one-cycle schedule; ``step`` returns the task loss and what is to be added to it.
+
+    Returns the task loss of each step.
+    """
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.15)
     curve = []
     for scenes, labels in progress(data.batches(settings.batch, steps, seed), steps, text):
-        loss = step(scenes, labels)
+        task, extra = step(scenes, labels)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (task + extra).backward()
         optimizer.step()
         schedule.step()
-        curve.append(loss.detach())
+        curve.append(task.detach())
     return torch.stack(curve).tolist()
 
 
@@ -265,9 +268,9 @@ class Demo:
             torch.manual_seed(0)
             model = self.ready(build_teacher())
 
-            def step(scenes: Tensor, labels: Tensor) -> Tensor:
+            def step(scenes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
                 model.train()
-                return F.cross_entropy(model(scenes), labels)
+                return F.cross_entropy(model(scenes), labels), torch.zeros((), device=self.device)
 
             s = self.settings
             fit(
@@ -298,9 +301,9 @@ class Demo:
             torch.manual_seed(0)
             with trainer() as tokens:
 
-                def step(scenes: Tensor, labels: Tensor) -> Tensor:
+                def step(scenes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
                     logits, dice = tokens(scenes)
-                    return F.cross_entropy(logits, labels) + dice
+                    return F.cross_entropy(logits, labels), dice
 
                 s, parameters = self.settings, list(tokens.parameters())
                 curve = fit(step, parameters, self.data["train"], s, s.token_steps, 0, "tokens", s.token_learning_rate)
@@ -325,9 +328,9 @@ class Demo:
             s, data = self.settings, self.data["train"]
             name = f"{method} seed {seed}" + (f" weight {weight:g}" if loss else "")
 
-            def alone(scenes: Tensor, labels: Tensor) -> Tensor:
+            def alone(scenes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
                 model.train()
-                return F.cross_entropy(model(scenes), labels)
+                return F.cross_entropy(model(scenes), labels), torch.zeros((), device=self.device)
 
             if loss is None:
                 curve = fit(
@@ -338,10 +341,10 @@ class Demo:
                 example = data.scenes[:1]
                 with Distiller(model, teacher, [tap], example_inputs=(example,)).to(self.device) as distiller:
 
-                    def distilled(scenes: Tensor, labels: Tensor) -> Tensor:
+                    def distilled(scenes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
                         distiller.train()
                         logits, losses = distiller(scenes)
-                        return F.cross_entropy(logits, labels) + sum(losses.values())
+                        return F.cross_entropy(logits, labels), losses[method]
 
                     parameters = distiller.trainable_parameters()
                     curve = fit(distilled, parameters, data, s, s.student_steps, seed, name, s.student_learning_rate)
@@ -428,7 +431,7 @@ def draw_predictions(demo: Demo, models: OrderedDict[str, nn.Module], path: Path
 
 
 def draw_curves(curves: dict[str, list[float]], path: Path) -> None:
-    """A PNG of the training losses."""
+    """A PNG of the students' task losses."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
@@ -438,8 +441,7 @@ def draw_curves(curves: dict[str, list[float]], path: Path) -> None:
         smooth = torch.tensor(curve).unfold(0, window, 1).mean(-1)
         axis.plot(range(window - 1, len(curve)), smooth, label=name)
     axis.set_xlabel("step")
-    axis.set_ylabel("training loss (moving average)")
-    axis.set_yscale("log")
+    axis.set_ylabel("cross entropy on training scenes (moving average)")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     figure.savefig(path, dpi=140, format="png")
@@ -512,9 +514,7 @@ def run(out: Path, settings: Settings | None = None) -> dict[str, Any]:
             )
     models = OrderedDict([("teacher", teacher), ("student alone", demo.loaded(alone[0])), ("MasKD", student)])
     draw_predictions(demo, models, out / "predictions.png")
-    draw_curves(
-        {"student alone": alone[0]["curve"], "MasKD (with its loss)": distilled[0]["curve"]}, out / "curves.png"
-    )
+    draw_curves({"student alone": alone[0]["curve"], "MasKD": distilled[0]["curve"]}, out / "curves.png")
     results = {
         "settings": dataclasses.asdict(settings),
         "device": str(device),
