@@ -441,7 +441,7 @@ def draw_curves(curves: dict[str, list[float]], path: Path) -> None:
         smooth = torch.tensor(curve).unfold(0, window, 1).mean(-1)
         axis.plot(range(window - 1, len(curve)), smooth, label=name)
     axis.set_xlabel("step")
-    axis.set_ylabel("cross entropy on training scenes (moving average)")
+    axis.set_ylabel("training cross entropy")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     figure.savefig(path, dpi=140, format="png")
