@@ -352,29 +352,31 @@ bool forward(const ReceptiveProblem& problem, const ReceptiveStats& out) {
   });
   if (!enough) return false;
 
+  int started = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-#pragma omp for schedule(static, 1)
-    for (int thread = 0; thread < threads; ++thread) {
-      // Even shares by interleaving: thread t takes every threads-th tile, so that neighbours are read together.
-      Arena own{scratch_base + thread * own_bytes};
-      ForwardScratch<T> scratch{};
-      scratch.take(own, problem, plan.max_size, plan.max_channels);
-      for (int64_t task = thread; task < plan.total; task += threads) {
-        const Tile tile = plan.tile(task);
-        const int64_t cleared = K * tile.stride * int64_t(sizeof(T));
-        std::memset(scratch.logits, 0, size_t(cleared));
-        if (problem.customize) std::memset(scratch.student_logits, 0, size_t(cleared));
-        std::memset(scratch.distance, 0, size_t(tile.stride) * sizeof(T));
-        T* tile_sums = out.sums ? sums + task * sums_size : nullptr;
-        if (tile_sums) std::memset(tile_sums, 0, size_t(sums_size) * sizeof(T));
-        if (tile.level->interleaved) {
-          forward_interleaved(problem, tile, scratch, tile_sums);
-        } else {
-          forward_planar(problem, tile, scratch, tile_sums);
-        }
-        finish_tile(problem, tile, scratch, out, partials + task * partial_size);
+    int mine = 0;
+#pragma omp atomic capture
+    mine = started++;
+    Arena own{scratch_base + mine * own_bytes};
+    ForwardScratch<T> scratch{};
+    scratch.take(own, problem, plan.max_size, plan.max_channels);
+    // Neighbouring tiles are read together, and whoever is held up takes fewer.
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < plan.total; ++task) {
+      const Tile tile = plan.tile(task);
+      const int64_t cleared = K * tile.stride * int64_t(sizeof(T));
+      std::memset(scratch.logits, 0, size_t(cleared));
+      if (problem.customize) std::memset(scratch.student_logits, 0, size_t(cleared));
+      std::memset(scratch.distance, 0, size_t(tile.stride) * sizeof(T));
+      T* tile_sums = out.sums ? sums + task * sums_size : nullptr;
+      if (tile_sums) std::memset(tile_sums, 0, size_t(sums_size) * sizeof(T));
+      if (tile.level->interleaved) {
+        forward_interleaved(problem, tile, scratch, tile_sums);
+      } else {
+        forward_planar(problem, tile, scratch, tile_sums);
       }
+      finish_tile(problem, tile, scratch, out, partials + task * partial_size);
     }
 #pragma omp for schedule(static)
     for (int64_t image = 0; image < problem.num_levels * problem.batch; ++image)

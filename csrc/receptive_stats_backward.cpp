@@ -236,32 +236,36 @@ bool backward(const ReceptiveProblem& problem, const ReceptiveStats& saved, cons
                    problem.total_channels);
   }
 
+  int started = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-#pragma omp for schedule(static, 1)
-    for (int thread = 0; thread < threads; ++thread) {
-      Arena own{scratch_base + thread * own_bytes};
-      BackwardScratch<T> scratch{};
-      scratch.take(own, problem, plan.max_size, plan.max_channels);
-      // In reverse, so that the pass starts in what the forward left in the caches.
-      for (int64_t task = plan.total - 1 - thread; task >= 0; task -= threads) {
-        const Tile tile = plan.tile(task);
-        const ReceptiveLevel& level = *tile.level;
-        if (level.student.present()) student_coefficient(problem, tile, saved, grad, scratch.coefficient);
-        if (logits_wanted) token_logit_gradients(problem, tile, saved, grad, scratch.grad_logits);
-        const T* sums_grad = grad.sums ? sets_grad + tile.n * sets_size : nullptr;
-        const BackwardTile<T> work{
-            problem, level, tile, scratch, sums_grad, tokens_wanted ? partials + task * partial_size : nullptr, stream};
-        if (level.interleaved) {
-          work.interleaved();
-        } else if (logits_wanted) {
-          work.planar();
-        } else {
-          work.planar_student();
-        }
+    int mine = 0;
+#pragma omp atomic capture
+    mine = started++;
+    Arena own{scratch_base + mine * own_bytes};
+    BackwardScratch<T> scratch{};
+    scratch.take(own, problem, plan.max_size, plan.max_channels);
+    // In reverse, so that the pass starts in what the forward left in the caches.
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t step = 0; step < plan.total; ++step) {
+      const int64_t task = plan.total - 1 - step;
+      const Tile tile = plan.tile(task);
+      const ReceptiveLevel& level = *tile.level;
+      if (level.student.present()) student_coefficient(problem, tile, saved, grad, scratch.coefficient);
+      if (logits_wanted) token_logit_gradients(problem, tile, saved, grad, scratch.grad_logits);
+      const T* sums_grad = grad.sums ? sets_grad + tile.n * sets_size : nullptr;
+      const BackwardTile<T> work{
+          problem, level, tile, scratch, sums_grad, tokens_wanted ? partials + task * partial_size : nullptr, stream};
+      if (level.interleaved) {
+        work.interleaved();
+      } else if (logits_wanted) {
+        work.planar();
+      } else {
+        work.planar_student();
       }
-      if (stream) stream_fence();
     }
+    if (stream) stream_fence();
+#pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t l = 0; l < problem.num_levels; ++l) {
       const ReceptiveLevel& level = problem.levels[l];
