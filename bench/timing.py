@@ -103,6 +103,6 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "maskd_kernels": __version__,
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")),
         "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
     }
