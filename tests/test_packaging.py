@@ -109,3 +109,11 @@ def test_docstring_examples():
         assert result.failed == 0, module.__name__
         attempted += result.attempted
     assert attempted > 30
+
+
+def test_readme_figures_come_from_the_committed_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench import readme
+
+    text = readme.README.read_text()
+    assert readme.filled(text) == text, "run python -m bench.readme"
