@@ -229,9 +229,12 @@ def test_half_conversions_match_torch(dtype):
         distance = receptive_stats([t], [], [every.reshape(1, 1, -1)]).distance
         assert torch.equal(distance.flatten(), every.float().square())
         # d student = 2 * upstream * (student - teacher): with student 0.5, the upstream gradient itself, rounded.
-        s = torch.full((1, 1, 200_000), 0.5, dtype=dtype, requires_grad=True)
         values = torch.randn(200_000) * torch.logspace(-12, 6, 200_000)
         values[:3] = torch.tensor([65519.99, 65520.0, 1e9])
+        positive = every[every > 0].float()  # in the order of their bits, so that neighbours are next to each other
+        ties = (positive[:-1] + positive[1:]) / 2
+        values = torch.cat([values, ties, -ties])
+        s = torch.full((1, 1, len(values)), 0.5, dtype=dtype, requires_grad=True)
         distance = receptive_stats([torch.zeros_like(s)], [], [s]).distance
         (gradient,) = torch.autograd.grad(distance, s, values[None])
     assert torch.equal(gradient.flatten(), values.to(dtype))
