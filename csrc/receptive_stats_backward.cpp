@@ -131,7 +131,7 @@ struct BackwardTile {
       if (level.grad_teacher.present()) {
         T* row = scratch.result_row;
         start_teacher_run(row, count);
-        for (int64_t k = 0; grads_reach_logits() && k < K; ++k)
+        for (int64_t k = 0; k < K; ++k)
           add_scaled_run(row, scratch.grad_logits + k * tile.stride, tokens[k * C + c], count);
         if (sums_grad) {
           const T* own = sums_grad + level.channel_offset + c;
@@ -158,7 +158,7 @@ struct BackwardTile {
       if (level.grad_teacher.present()) {
         T* row = scratch.result_row;
         start_teacher_run(row, C);
-        for (int64_t k = 0; grads_reach_logits() && k < K; ++k)
+        for (int64_t k = 0; k < K; ++k)
           add_scaled_run(row, tokens + k * C, scratch.grad_logits[k * tile.stride + i], C);
         if (sums_grad) {
           const T* own = sums_grad + level.channel_offset;
@@ -171,8 +171,6 @@ struct BackwardTile {
   }
 
  private:
-  bool grads_reach_logits() const { return problem.num_tokens > 0; }
-
   // Leaves coefficient * (student - teacher) in grad_row and, where wanted, in the student's gradient.
   template <typename Coefficient>
   MASKD_INLINE void student_run(const T* t, int64_t c, int64_t p, int64_t count, Coefficient coefficient) const {

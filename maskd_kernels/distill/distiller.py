@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -286,14 +285,6 @@ class Distiller(FrozenTeacher):
         for handle in self._handles or []:
             handle.remove()
         self._handles = None
-
-    def __enter__(self) -> Distiller:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
 
 def _given_align(tap: Tap) -> nn.ModuleList:

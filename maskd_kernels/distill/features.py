@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -69,8 +70,14 @@ def map_levels(features: Any, function: Callable[[int, Tensor], Tensor], where: 
     return replaced
 
 
+_Owner = TypeVar("_Owner", bound="FrozenTeacher")
+
+
 class FrozenTeacher(nn.Module):
-    """A module that owns a teacher without registering it: moved along, never trained, never saved."""
+    """A module that owns a teacher without registering it: moved along, never trained, never saved.
+
+    As a context manager it lets go of its models at the end.
+    """
 
     def __init__(self, teacher: nn.Module) -> None:
         super().__init__()
@@ -82,3 +89,15 @@ class FrozenTeacher(nn.Module):
         super()._apply(fn, recurse)
         self.teacher._apply(fn)
         return self
+
+    def remove(self) -> None:
+        """Removes the hooks that it has put into models."""
+        raise NotImplementedError
+
+    def __enter__(self: _Owner) -> _Owner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -148,11 +147,3 @@ class TokenTrainer(FrozenTeacher):
             self._handle = None
             for parameter in self._required:
                 parameter.requires_grad_(True)
-
-    def __enter__(self) -> TokenTrainer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
