@@ -11,9 +11,6 @@
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace maskd {
 
@@ -171,19 +168,6 @@ MASKD_INLINE const T* read_run(const Feature& feature, int64_t offset, int64_t c
     for (int64_t i = 0; i < count; ++i) buffer[i] = T(bfloat_to_float(source[i]));
   }
   return buffer;
-}
-
-// Asks the kernel to back fresh memory with huge pages. The C library maps large blocks anew for every
-// allocation; touching them in small pages costs several times what filling them does.
-MASKD_INLINE void prefer_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) & ~(kPage - 1);
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
 }
 
 // Copies past the caches (non-temporal stores): for a large result that nobody reads soon, so that it is

@@ -11,18 +11,15 @@ constexpr int64_t kSums = 8;        // lane sums taken at a time
 constexpr int64_t kRows = 4;        // channels per step over a planar tile
 
 // ---- One step: kRows channels of a planar tile -------------------------------------------------
-// A tile's rows lie far apart, further than hardware prefetchers look: each step asks for the next one's.
 
 template <typename T, int KC, bool kDistance>
 MASKD_INLINE void accumulate_rows(const T* const* t, const T* const* s, const T* tokens, int64_t vectors, T* logits,
-                                  int64_t stride, T* distance, Vec<T>* sums, const int64_t* ahead) {
+                                  int64_t stride, T* distance, Vec<T>* sums) {
   constexpr int64_t L = kLanes<T>;
   Vec<T> sum0 = sums[0], sum1 = sums[1], sum2 = sums[2], sum3 = sums[3];
   for (int64_t i = 0; i < vectors * L; i += L) {
     const Vec<T> t0 = load(t[0] + i), t1 = load(t[1] + i), t2 = load(t[2] + i), t3 = load(t[3] + i);
-    for (int r = 0; r < kRows; ++r) __builtin_prefetch(t[r] + i + ahead[0], 0, 2);
     if (kDistance) {
-      for (int r = 0; r < kRows; ++r) __builtin_prefetch(s[r] + i + ahead[1], 0, 2);
       const Vec<T> d0 = load(s[0] + i) - t0, d1 = load(s[1] + i) - t1;
       const Vec<T> d2 = load(s[2] + i) - t2, d3 = load(s[3] + i) - t3;
       store(distance + i, load(distance + i) + (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3));
@@ -39,11 +36,10 @@ MASKD_INLINE void accumulate_rows(const T* const* t, const T* const* s, const T*
 
 template <typename T, bool kDistance>
 MASKD_INLINE void accumulate_chunk(int64_t chunk, const T* const* t, const T* const* s, const T* tokens,
-                                   int64_t vectors, T* logits, int64_t stride, T* distance, Vec<T>* sums,
-                                   const int64_t* ahead) {
+                                   int64_t vectors, T* logits, int64_t stride, T* distance, Vec<T>* sums) {
 #define MASKD_CASE(KC) \
   case KC:             \
-    return accumulate_rows<T, KC, kDistance>(t, s, tokens, vectors, logits, stride, distance, sums, ahead)
+    return accumulate_rows<T, KC, kDistance>(t, s, tokens, vectors, logits, stride, distance, sums)
   switch (chunk) {
     MASKD_CASE(0);
     MASKD_CASE(1);
@@ -61,17 +57,17 @@ MASKD_INLINE void accumulate_chunk(int64_t chunk, const T* const* t, const T* co
 // All tokens, in chunks. The distance, where wanted, and the channel sums ride with the first chunk.
 template <typename T>
 void accumulate(const T* const* t, const T* const* s, const T* tokens, int64_t num_tokens, int64_t vectors, T* logits,
-                int64_t stride, T* distance, Vec<T>* sums, const int64_t* ahead) {
+                int64_t stride, T* distance, Vec<T>* sums) {
   Vec<T> discarded[kRows] = {};
   int64_t k = 0;
   do {
     const int64_t chunk = num_tokens - k < kTokenChunk ? num_tokens - k : kTokenChunk;
     const T* e = tokens + k * kRows;
     if (k == 0 && distance) {
-      accumulate_chunk<T, true>(chunk, t, s, e, vectors, logits, stride, distance, sums, ahead);
+      accumulate_chunk<T, true>(chunk, t, s, e, vectors, logits, stride, distance, sums);
     } else {
       accumulate_chunk<T, false>(chunk, t, s, e, vectors, logits + k * stride, stride, distance,
-                                 k == 0 ? sums : discarded, ahead);
+                                 k == 0 ? sums : discarded);
     }
     k += chunk;
   } while (k < num_tokens);
@@ -103,10 +99,6 @@ void forward_planar(const ReceptiveProblem& problem, const Tile& tile, const For
   const T* tokens = static_cast<const T*>(level.tokens);
   const Feature* features[2] = {&level.teacher, &level.student};
   const int64_t run = round_up(tile.stride, L);
-  constexpr int64_t kNothingAhead[2] = {0, 0};
-  int64_t ahead[2] = {0, 0};  // elements from a row to the one of the next step, where rows are read in place
-  for (int f = 0; f < 2; ++f)
-    if (features[f]->dtype == kDType<T>) ahead[f] = kRows * features[f]->stride_c;
 
   for (int64_t c = 0; c < C; c += kRows) {
     const int64_t rows = C - c < kRows ? C - c : kRows;
@@ -131,18 +123,17 @@ void forward_planar(const ReceptiveProblem& problem, const Tile& tile, const For
 
     Vec<T> row_sums[kRows] = {};
     T* distance = with_student ? scratch.distance : nullptr;
-    accumulate(main_rows[0], main_rows[1], scratch.packed, K, whole, scratch.logits, tile.stride, distance, row_sums,
-               ahead);
+    accumulate(main_rows[0], main_rows[1], scratch.packed, K, whole, scratch.logits, tile.stride, distance, row_sums);
     if (tail)
       accumulate(tail_rows[0], tail_rows[1], scratch.packed, K, 1, scratch.logits + whole * L, tile.stride,
-                 distance ? distance + whole * L : nullptr, row_sums, kNothingAhead);
+                 distance ? distance + whole * L : nullptr, row_sums);
     if (problem.customize) {
       Vec<T> discarded[kRows] = {};
       accumulate<T>(main_rows[1], nullptr, scratch.packed, K, whole, scratch.student_logits, tile.stride, nullptr,
-                    discarded, kNothingAhead);
+                    discarded);
       if (tail)
         accumulate<T>(tail_rows[1], nullptr, scratch.packed, K, 1, scratch.student_logits + whole * L, tile.stride,
-                      nullptr, discarded, kNothingAhead);
+                      nullptr, discarded);
     }
     if (sums) {
       for (int64_t r = 0; r < rows; ++r) sums[c + r] = horizontal_sum<T>(row_sums[r]);

@@ -207,14 +207,6 @@ bool backward(const ReceptiveProblem& problem, const ReceptiveStats& saved, cons
     return false;
   const Plan plan = lay_out<T>(problem, table, K, !logits_wanted);
   const bool stream = written_bytes >= kStreamBytes;
-  for (int64_t l = 0; stream && l < problem.num_levels; ++l) {
-    const ReceptiveLevel& level = problem.levels[l];
-    const int64_t elements = problem.batch * level.channels * level.pixels;
-    if (level.grad_student.present())
-      prefer_huge_pages(level.grad_student.data, elements * size_of(level.grad_student.dtype));
-    if (level.grad_teacher.present())
-      prefer_huge_pages(level.grad_teacher.data, elements * size_of(level.grad_teacher.dtype));
-  }
   const int threads = worker_count(problem);
   const int64_t partial_size = tokens_wanted ? K * plan.max_channels : 0;
   const int64_t sets_size = grad.sums ? kTaps * problem.total_channels : 0;

@@ -9,7 +9,10 @@
 namespace maskd {
 namespace {
 
-constexpr int64_t kAccumulatorBytes = 48 << 10;  // of a tile, so that they stay close while its channels stream by
+constexpr int64_t kAccumulatorBytes = 256 << 10;  // of a tile: they stay in the L2 cache while its channels stream by
+constexpr int64_t kInterleavedPixels = 128;       // of a tile whose accumulators are touched once
+constexpr int64_t kLeastTiles = 8;  // of a level, if they have kLeastPixels: for several threads, however many
+constexpr int64_t kLeastPixels = 512;
 constexpr int64_t kStudentPixels = 1 << 15;   // of a tile that only needs the student's gradient: long rows in sequence
 constexpr int64_t kSerialElements = 1 << 15;  // below it, waking other threads costs more than it gains
 
@@ -51,15 +54,14 @@ int64_t scratch_bytes(const ReceptiveProblem& problem, int64_t tile, int64_t cha
   return sizes.used;
 }
 
+// Pixels per tile: long rows, because the processor's prefetching follows a row and loses it where the tile ends.
 template <typename T>
-int64_t tile_pixels(const ReceptiveLevel& level, int64_t accumulators) {
-  const int64_t fitting = kAccumulatorBytes / int64_t(sizeof(T)) / (accumulators + 1);
-  int64_t tile = fitting / 64 * 64;
-  if (tile > 2048) tile = 2048;
-  if (level.interleaved && tile > 128) tile = 128;
-  if (tile < 64) tile = 64;
-  const int64_t whole = round_up(level.pixels, kLanes<T>);
-  return tile < whole ? tile : whole;
+int64_t tile_pixels(const ReceptiveProblem& problem, const ReceptiveLevel& level, int64_t accumulators) {
+  int64_t largest = kAccumulatorBytes / int64_t(sizeof(T)) / (accumulators + 1);
+  if (level.interleaved && largest > kInterleavedPixels) largest = kInterleavedPixels;
+  int64_t tiles = (level.pixels + largest - 1) / largest;
+  while (tiles * problem.batch < kLeastTiles && level.pixels >= 2 * tiles * kLeastPixels) tiles *= 2;
+  return tiles == 0 ? 0 : (level.pixels + tiles - 1) / tiles;
 }
 
 // Which piece of which image of which level task number `index` is.
@@ -115,7 +117,7 @@ Plan lay_out(const ReceptiveProblem& problem, int64_t* table, int64_t accumulato
   Plan plan{&problem, table, table + levels + 1, table + 2 * levels + 1, student_only};
   for (int64_t l = 0; l < levels; ++l) {
     const ReceptiveLevel& level = problem.levels[l];
-    int64_t size = tile_pixels<T>(level, accumulators);
+    int64_t size = tile_pixels<T>(problem, level, accumulators);
     if (student_only && !level.interleaved) size = level.pixels < kStudentPixels ? level.pixels : kStudentPixels;
     size = round_up(size, kLanes<T>);
     plan.first[l] = plan.total;

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import os
+from collections.abc import Sequence
 from types import ModuleType
+
+import torch
+from torch import Tensor
 
 
 class NativeUnavailableError(RuntimeError):
@@ -15,8 +20,7 @@ class NativeUnavailableError(RuntimeError):
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
-        # torch first: its OpenMP runtime is then the one that the extension shares.
-        importlib.import_module("torch")
+        # After torch: its OpenMP runtime is then the one that the extension shares.
         module = importlib.import_module("maskd_kernels._native")
     except ImportError as error:
         return (
@@ -49,3 +53,26 @@ def module() -> ModuleType:
     if loaded is None:
         raise NativeUnavailableError(reason)
     return loaded
+
+
+_POOLED_BYTES = 32 << 20  # glibc's largest mmap threshold: smaller blocks it keeps and reuses by itself
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised contiguous CPU tensor; a large one comes from memory that is kept from step to step.
+
+    Kept memory never exceeds what was in use at one time; ``release_memory()`` returns it to the system.
+    """
+    count = math.prod(shape)
+    if count * dtype.itemsize < _POOLED_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    tensor = torch.frombuffer(module().Block(count * dtype.itemsize), dtype=dtype).view(shape)
+    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+        tensor.fill_(math.nan)
+    return tensor
+
+
+def release_memory() -> None:
+    """Returns the memory kept for gradients, as far as no tensor uses it, to the system."""
+    if available():
+        module().release_idle_memory()

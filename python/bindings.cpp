@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "memory_pool.h"
 
 namespace py = pybind11;
 using namespace maskd;
@@ -85,6 +86,15 @@ PYBIND11_MODULE(_native, m) {
   m.def("isas", &isas, "Instruction sets this processor and build support, best first.");
   m.def("isa", [] { return std::string(selected->isa); }, "The instruction set in use.");
   m.def("select_isa", &select_isa, py::arg("name"));
+
+  py::class_<Block>(m, "Block", py::buffer_protocol())
+      .def(py::init<int64_t>(), py::arg("bytes"))
+      .def_buffer([](Block& block) {
+        return py::buffer_info(static_cast<uint8_t*>(block.data()), py::ssize_t(block.bytes()));
+      });
+  m.def(
+      "pool_state", [] { return std::make_pair(pool_state().in_use, pool_state().idle); }, "Bytes in use, bytes idle.");
+  m.def("release_idle_memory", &release_idle_memory);
 
   py::class_<ReceptiveLevel>(m, "ReceptiveLevel")
       .def(py::init([](const FeatureTuple& teacher, const FeatureTuple& student, const FeatureTuple& grad_teacher,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from maskd_kernels import native
 
 
 class Feature(NamedTuple):
@@ -42,8 +43,8 @@ def with_layout(feature: Feature, interleaved: bool) -> Feature:
     return Feature(feature.view.contiguous(), False)
 
 
-def empty_gradient(x: Tensor, interleaved: bool) -> Tensor:  # [N, C, *spatial]
-    """Memory for the gradient of ``x``, with this axis dense."""
-    if interleaved:
-        return x.new_empty(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def empty_gradient(x: Tensor, interleaved: bool, pooled: bool = False) -> Tensor:  # [N, C, *spatial]
+    """Memory for the gradient of ``x``, with this axis dense; ``pooled``: from memory kept by the native kernels."""
+    shape = (x.shape[0], *x.shape[2:], x.shape[1]) if interleaved else x.shape
+    memory = native.empty(shape, x.dtype) if pooled else x.new_empty(shape)
+    return memory.movedim(-1, 1) if interleaved else memory

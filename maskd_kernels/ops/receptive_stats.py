@@ -104,13 +104,21 @@ def _forward(
 
 
 def _empty_gradients(
-    teacher: Sequence[Tensor], tokens: Sequence[Tensor], student: Sequence[Tensor], needs: Sequence[bool]
+    teacher: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    student: Sequence[Tensor],
+    needs: Sequence[bool],
+    pooled: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     interleaved = [layout.dense_view(x).interleaved for x in (student or teacher)]
+
+    def like(features: Sequence[Tensor]) -> list[Tensor]:
+        return [layout.empty_gradient(x, dense, pooled) for x, dense in zip(features, interleaved, strict=True)]
+
     return (
-        [layout.empty_gradient(t, dense) for t, dense in zip(teacher, interleaved, strict=True)] if needs[0] else [],
+        like(teacher) if needs[0] else [],
         [torch.empty_like(e, memory_format=torch.contiguous_format) for e in tokens] if needs[1] else [],
-        [layout.empty_gradient(s, dense) for s, dense in zip(student, interleaved, strict=True)] if needs[2] else [],
+        like(student) if needs[2] else [],
     )
 
 
@@ -139,7 +147,7 @@ def _backward(
     stats = ReceptiveStats(*saved)
     upstream = [None if g is None else g.contiguous() for g in grad]
     backend = backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype))
-    results = _empty_gradients(teacher, tokens, student, needs)
+    results = _empty_gradients(teacher, tokens, student, needs, pooled=backend == "native")
     if backend == "reference":
         with torch.autocast(teacher[0].device.type, enabled=False):
             computed = reference.receptive_stats_backward(teacher, tokens, student, stats, upstream, needs)

@@ -1,0 +1,83 @@
+#include "memory_pool.h"
+
+#include <cstdlib>
+#include <list>
+#include <mutex>
+#include <new>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace maskd {
+namespace {
+
+constexpr int64_t kGranule = 2 << 20;
+
+struct Piece {
+  void* data;
+  int64_t capacity;
+};
+
+struct Pool {
+  std::mutex mutex;
+  std::list<Piece> idle;  // the one given back last comes first
+  int64_t in_use = 0, idle_bytes = 0, most_in_use = 0;
+
+  void shrink(int64_t limit) {  // frees what has been idle longest
+    while (!idle.empty() && in_use + idle_bytes > limit) {
+      idle_bytes -= idle.back().capacity;
+      std::free(idle.back().data);
+      idle.pop_back();
+    }
+  }
+};
+
+Pool& pool() {
+  static Pool* instance = new Pool;  // never destroyed: tensors may outlive everything else in the process
+  return *instance;
+}
+
+}  // namespace
+
+Block::Block(int64_t bytes) : bytes_(bytes), capacity_((bytes + kGranule - 1) / kGranule * kGranule) {
+  Pool& p = pool();
+  std::lock_guard<std::mutex> lock(p.mutex);
+  for (auto piece = p.idle.begin(); piece != p.idle.end(); ++piece) {
+    // A piece a quarter too large will do: image sizes change from step to step.
+    if (piece->capacity < capacity_ || piece->capacity > capacity_ + capacity_ / 4) continue;
+    data_ = piece->data, capacity_ = piece->capacity;
+    p.idle_bytes -= capacity_, p.in_use += capacity_;
+    p.idle.erase(piece);
+    return;
+  }
+  if (p.in_use + capacity_ > p.most_in_use) p.most_in_use = p.in_use + capacity_;
+  p.shrink(p.most_in_use - capacity_);  // before, not after: at no time more than ever was in use
+  data_ = std::aligned_alloc(size_t(kGranule), size_t(capacity_));
+  if (!data_) throw std::bad_alloc();
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  madvise(data_, size_t(capacity_), MADV_HUGEPAGE);
+#endif
+  p.in_use += capacity_;
+}
+
+Block::~Block() {
+  Pool& p = pool();
+  std::lock_guard<std::mutex> lock(p.mutex);
+  p.in_use -= capacity_, p.idle_bytes += capacity_;
+  p.idle.push_front({data_, capacity_});
+}
+
+PoolState pool_state() {
+  Pool& p = pool();
+  std::lock_guard<std::mutex> lock(p.mutex);
+  return {p.in_use, p.idle_bytes};
+}
+
+void release_idle_memory() {
+  Pool& p = pool();
+  std::lock_guard<std::mutex> lock(p.mutex);
+  p.shrink(p.in_use);
+  p.most_in_use = p.in_use;
+}
+
+}  // namespace maskd

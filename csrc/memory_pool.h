@@ -1,0 +1,34 @@
+// Memory for large gradients, kept from one training step to the next. The C library maps every block above 32 MiB
+// anew, and having the system zero it page by page costs more than computing what goes into it.
+#pragma once
+
+#include <cstdint>
+
+namespace maskd {
+
+// One piece of memory, on 2 MiB boundaries so that huge pages can back it. Destroying it gives it back to the pool.
+class Block {
+ public:
+  explicit Block(int64_t bytes);  // throws std::bad_alloc
+  ~Block();
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
+  void* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  void* data_;
+  int64_t bytes_;     // as asked for
+  int64_t capacity_;  // as taken
+};
+
+struct PoolState {
+  int64_t in_use, idle;  // bytes
+};
+
+// Used and kept memory together never exceed what was in use at one time.
+PoolState pool_state();
+void release_idle_memory();
+
+}  // namespace maskd
