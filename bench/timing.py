@@ -55,13 +55,20 @@ def interleaved(providers: dict[str, Callable[[], Any]], seconds: float, least: 
 
 
 def peak_extra_bytes(function: Callable[[], Any]) -> int:
-    """The most memory that tensors allocated by a call hold at one time, its results included."""
+    """The most memory that tensors allocated by a call hold at one time, its results included.
+
+    What the native kernels take from their own pool is no event of PyTorch's allocator; it is counted as held at the
+    peak, since gradients live to the end of a call.
+    """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
+    from maskd_kernels import native
+
     function()
+    pooled = native.module().pool_state()[0] if native.available() else 0
     # Events in the order of time; each allocation and release carries its size.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         kept = function()
@@ -70,8 +77,9 @@ def peak_extra_bytes(function: Callable[[], Any]) -> int:
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
+    pooled = (native.module().pool_state()[0] if native.available() else 0) - pooled
     del kept
-    return peak
+    return peak + pooled
 
 
 def _git(*arguments: str) -> str:

@@ -6,9 +6,10 @@
 namespace maskd {
 namespace {
 
-constexpr int64_t kTokenChunk = 8;  // accumulators that fit the registers beside the rows
-constexpr int64_t kSums = 8;        // lane sums taken at a time
-constexpr int64_t kRows = 4;        // channels per step over a planar tile
+constexpr int64_t kTokenChunk = 8;   // accumulators that fit the registers beside the rows
+constexpr int64_t kSums = 8;         // lane sums taken at a time
+constexpr int64_t kRows = 4;         // channels per step over a planar tile
+constexpr int64_t kConverted = 512;  // elements per row and step where rows are converted
 
 // ---- One step: kRows channels of a planar tile -------------------------------------------------
 
@@ -95,52 +96,62 @@ void forward_planar(const ReceptiveProblem& problem, const Tile& tile, const For
   constexpr int64_t L = kLanes<T>;
   const ReceptiveLevel& level = *tile.level;
   const bool with_student = level.student.present();
-  const int64_t K = problem.num_tokens, C = level.channels, whole = tile.count / L, tail = tile.count % L;
+  const int64_t K = problem.num_tokens, C = level.channels;
   const T* tokens = static_cast<const T*>(level.tokens);
   const Feature* features[2] = {&level.teacher, &level.student};
   const int64_t run = round_up(tile.stride, L);
 
+  // Rows that must be converted are taken in pieces that the L1 cache holds.
+  const bool converted = level.teacher.dtype != kDType<T> || (with_student && level.student.dtype != kDType<T>);
+  const int64_t piece = converted ? kConverted : tile.count;
+
   for (int64_t c = 0; c < C; c += kRows) {
     const int64_t rows = C - c < kRows ? C - c : kRows;
-    const T* main_rows[2][kRows];
-    const T* tail_rows[2][kRows];
-    for (int f = 0; f < (with_student ? 2 : 1); ++f) {
-      for (int64_t r = 0; r < kRows; ++r) {
-        const int64_t channel = c + (r < rows ? r : 0);
-        const int64_t offset = tile.n * features[f]->stride_n + channel * features[f]->stride_c + tile.begin;
-        T* buffer = scratch.rows + (f * kRows + r) * run;
-        main_rows[f][r] = read_run(*features[f], offset, tile.count, buffer);
-        T* tail_row = scratch.tails + (f * kRows + r) * L;
-        for (int64_t i = 0; i < L; ++i) tail_row[i] = i < tail ? main_rows[f][r][whole * L + i] : T(0);
-        tail_rows[f][r] = tail_row;
-      }
-    }
-    // The rows that stand in behind the last channel get token 0, and the teacher's row as the student's: distance 0.
-    for (int64_t r = rows; with_student && r < kRows; ++r)
-      main_rows[1][r] = main_rows[0][r], tail_rows[1][r] = tail_rows[0][r];
     for (int64_t k = 0; k < K; ++k)
       for (int64_t r = 0; r < kRows; ++r) scratch.packed[k * kRows + r] = r < rows ? tokens[k * C + c + r] : T(0);
-
     Vec<T> row_sums[kRows] = {};
-    T* distance = with_student ? scratch.distance : nullptr;
-    accumulate(main_rows[0], main_rows[1], scratch.packed, K, whole, scratch.logits, tile.stride, distance, row_sums);
-    if (tail)
-      accumulate(tail_rows[0], tail_rows[1], scratch.packed, K, 1, scratch.logits + whole * L, tile.stride,
-                 distance ? distance + whole * L : nullptr, row_sums);
-    if (problem.customize) {
-      Vec<T> discarded[kRows] = {};
-      accumulate<T>(main_rows[1], nullptr, scratch.packed, K, whole, scratch.student_logits, tile.stride, nullptr,
-                    discarded);
+    for (int64_t r = 0; sums && r < rows; ++r)
+      for (int set = 0; set < kTaps; ++set) sums[set * C + c + r] = T(0);
+
+    for (int64_t begin = 0; begin < tile.count; begin += piece) {
+      const int64_t count = tile.count - begin < piece ? tile.count - begin : piece, whole = count / L,
+                    tail = count % L;
+      const T* main_rows[2][kRows];
+      const T* tail_rows[2][kRows];
+      for (int f = 0; f < (with_student ? 2 : 1); ++f) {
+        for (int64_t r = 0; r < kRows; ++r) {
+          const int64_t channel = c + (r < rows ? r : 0);
+          const int64_t offset = tile.n * features[f]->stride_n + channel * features[f]->stride_c + tile.begin + begin;
+          main_rows[f][r] = read_run(*features[f], offset, count, scratch.rows + (f * kRows + r) * run);
+          T* tail_row = scratch.tails + (f * kRows + r) * L;
+          for (int64_t i = 0; i < L; ++i) tail_row[i] = i < tail ? main_rows[f][r][whole * L + i] : T(0);
+          tail_rows[f][r] = tail_row;
+        }
+      }
+      // The rows that stand in behind the last channel get token 0, and the teacher's row as the student's.
+      for (int64_t r = rows; with_student && r < kRows; ++r)
+        main_rows[1][r] = main_rows[0][r], tail_rows[1][r] = tail_rows[0][r];
+
+      T* distance = with_student ? scratch.distance + begin : nullptr;
+      T* logits = scratch.logits + begin;
+      accumulate(main_rows[0], main_rows[1], scratch.packed, K, whole, logits, tile.stride, distance, row_sums);
       if (tail)
-        accumulate<T>(tail_rows[1], nullptr, scratch.packed, K, 1, scratch.student_logits + whole * L, tile.stride,
-                      nullptr, discarded);
+        accumulate(tail_rows[0], tail_rows[1], scratch.packed, K, 1, logits + whole * L, tile.stride,
+                   distance ? distance + whole * L : nullptr, row_sums);
+      if (problem.customize) {
+        Vec<T> discarded[kRows] = {};
+        T* own = scratch.student_logits + begin;
+        accumulate<T>(main_rows[1], nullptr, scratch.packed, K, whole, own, tile.stride, nullptr, discarded);
+        if (tail)
+          accumulate<T>(tail_rows[1], nullptr, scratch.packed, K, 1, own + whole * L, tile.stride, nullptr, discarded);
+      }
+      if (sums) {
+        visit_borders<T>(level, tile.begin + begin, count, [&](int set, int64_t i) {
+          for (int64_t r = 0; r < rows; ++r) sums[set * C + c + r] += main_rows[0][r][i];
+        });
+      }
     }
-    if (sums) {
-      for (int64_t r = 0; r < rows; ++r) sums[c + r] = horizontal_sum<T>(row_sums[r]);
-      visit_borders<T>(level, tile.begin, tile.count, [&](int set, int64_t i) {
-        for (int64_t r = 0; r < rows; ++r) sums[set * C + c + r] += main_rows[0][r][i];
-      });
-    }
+    for (int64_t r = 0; sums && r < rows; ++r) sums[c + r] = horizontal_sum<T>(row_sums[r]);
   }
 }
 

@@ -59,9 +59,10 @@ template <typename T>
 int64_t tile_pixels(const ReceptiveProblem& problem, const ReceptiveLevel& level, int64_t accumulators) {
   int64_t largest = kAccumulatorBytes / int64_t(sizeof(T)) / (accumulators + 1);
   if (level.interleaved && largest > kInterleavedPixels) largest = kInterleavedPixels;
+  if (level.pixels == 0) return 0;
   int64_t tiles = (level.pixels + largest - 1) / largest;
   while (tiles * problem.batch < kLeastTiles && level.pixels >= 2 * tiles * kLeastPixels) tiles *= 2;
-  return tiles == 0 ? 0 : (level.pixels + tiles - 1) / tiles;
+  return (level.pixels + tiles - 1) / tiles;
 }
 
 // Which piece of which image of which level task number `index` is.

@@ -55,7 +55,7 @@ def module() -> ModuleType:
     return loaded
 
 
-_POOLED_BYTES = 32 << 20  # glibc's largest mmap threshold: smaller blocks it keeps and reuses by itself
+_POOLED_BYTES = 4 << 20  # smaller blocks the C library keeps and reuses by itself
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

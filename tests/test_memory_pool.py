@@ -1,0 +1,64 @@
+"""Large results of the native kernels live in memory that is kept and reused."""
+
+import gc
+
+import pytest
+import torch
+
+from maskd_kernels import native
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the C++ kernels were not built")
+LARGE = (5 << 20,)  # float32: 20 MiB
+
+
+@pytest.fixture(autouse=True)
+def drained():
+    gc.collect()
+    native.release_memory()
+    yield
+    gc.collect()
+    native.release_memory()
+
+
+def state():
+    return native.module().pool_state()
+
+
+def test_memory_is_reused():
+    start, _ = state()
+    first = native.empty(LARGE, torch.float32)
+    address = first.data_ptr()
+    assert address % 64 == 0
+    assert state() == (start + first.nbytes, 0)
+    view = first[10:20]
+    del first
+    assert state() == (start + 4 * LARGE[0], 0), "a view keeps the memory"
+    del view
+    assert state() == (start, 4 * LARGE[0])
+    assert native.empty((LARGE[0] - 1000,), torch.float32).data_ptr() == address, "a little smaller fits"
+    native.release_memory()
+    assert state() == (start, 0)
+
+
+def test_two_tensors_never_share_memory():
+    tensors = [native.empty(LARGE, torch.float32).fill_(i) for i in range(4)]
+    assert all(torch.equal(x, torch.full(LARGE, float(i))) for i, x in enumerate(tensors))
+
+
+def test_kept_memory_is_bounded():
+    """Whatever sizes follow each other, used and kept together stay within what was in use at one time."""
+    start, _ = state()
+    most = 0
+    for size in (8, 30, 10, 17, 64, 25, 12, 40):
+        pair = [native.empty((size << 19,), torch.float16) for _ in range(2)]
+        most = max(most, state()[0] - start)
+        assert sum(state()) - start <= most
+        del pair
+        assert sum(state()) - start <= most
+
+
+def test_small_tensors_are_torchs():
+    before = state()
+    small = native.empty((2, 3), torch.float64)
+    assert small.shape == (2, 3) and small.dtype == torch.float64
+    assert state() == before
