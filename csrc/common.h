@@ -31,6 +31,9 @@ namespace {
 #define MASKD_INLINE inline __attribute__((always_inline))
 
 constexpr int64_t kVectorBytes = 64;
+constexpr int64_t kPiece = 1024;              // elements of a long row that are staged in the L1 cache
+constexpr int64_t kStreamBytes = 4 << 20;     // results from this size on bypass the caches
+constexpr int64_t kSerialElements = 1 << 15;  // below it, waking other threads costs more than it gains
 
 template <typename T>
 constexpr int64_t kLanes = kVectorBytes / int64_t(sizeof(T));

@@ -3,7 +3,17 @@
 namespace maskd {
 namespace {
 
-#define MASKD_KERNELS(isa) {#isa, isa::receptive_forward, isa::receptive_backward, isa::streaming_difference}
+#define MASKD_KERNELS(isa)        \
+  {#isa,                          \
+   isa::receptive_forward,        \
+   isa::receptive_backward,       \
+   isa::scale_pixels_forward,     \
+   isa::scale_pixels_backward,    \
+   isa::squared_error_forward,    \
+   isa::squared_error_backward,   \
+   isa::attention_stats_forward,  \
+   isa::attention_stats_backward, \
+   isa::streaming_difference}
 
 const Kernels kBuilds[] = {
 #if defined(__x86_64__)

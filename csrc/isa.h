@@ -1,7 +1,10 @@
 // Picks, at run time, which build of the kernels this processor can run.
 #pragma once
 
+#include "attention_stats.h"
 #include "receptive_stats.h"
+#include "scale_pixels.h"
+#include "squared_error.h"
 #include "streaming_pass.h"
 
 namespace maskd {
@@ -10,6 +13,9 @@ struct Kernels {
   const char* isa;
   ReceptiveForward receptive_forward;
   ReceptiveBackward receptive_backward;
+  ScalePixelsKernel scale_pixels_forward, scale_pixels_backward;
+  SquaredErrorKernel squared_error_forward, squared_error_backward;
+  AttentionStatsKernel attention_stats_forward, attention_stats_backward;
   StreamingDifference streaming_difference;
 };
 

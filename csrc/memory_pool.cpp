@@ -11,7 +11,8 @@
 namespace maskd {
 namespace {
 
-constexpr int64_t kGranule = 2 << 20;
+constexpr int64_t kGranule = 64 << 10;  // capacities are multiples of it
+constexpr int64_t kHugePage = 2 << 20;
 
 struct Piece {
   void* data;
@@ -52,10 +53,11 @@ Block::Block(int64_t bytes) : bytes_(bytes), capacity_((bytes + kGranule - 1) / 
   }
   if (p.in_use + capacity_ > p.most_in_use) p.most_in_use = p.in_use + capacity_;
   p.shrink(p.most_in_use - capacity_);  // before, not after: at no time more than ever was in use
-  data_ = std::aligned_alloc(size_t(kGranule), size_t(capacity_));
+  const bool huge = capacity_ >= kHugePage;
+  data_ = std::aligned_alloc(size_t(huge ? kHugePage : kGranule), size_t(capacity_));
   if (!data_) throw std::bad_alloc();
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  madvise(data_, size_t(capacity_), MADV_HUGEPAGE);
+  if (huge) madvise(data_, size_t(capacity_), MADV_HUGEPAGE);
 #endif
   p.in_use += capacity_;
 }

@@ -6,7 +6,8 @@
 
 namespace maskd {
 
-// One piece of memory, on 2 MiB boundaries so that huge pages can back it. Destroying it gives it back to the pool.
+// One piece of memory; a large one lies on 2 MiB boundaries so that huge pages can back it. Destroying it gives it back
+// to the pool.
 class Block {
  public:
   explicit Block(int64_t bytes);  // throws std::bad_alloc

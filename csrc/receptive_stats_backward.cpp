@@ -5,9 +5,6 @@
 namespace maskd {
 namespace {
 
-constexpr int64_t kPiece = 1024;           // elements of a long row that are staged in the L1 cache
-constexpr int64_t kStreamBytes = 4 << 20;  // gradients from this size on bypass the caches
-
 template <typename T>
 struct BackwardScratch {
   T *coefficient, *grad_logits, *student_row, *teacher_row, *grad_row, *result_row;

@@ -13,8 +13,7 @@ constexpr int64_t kAccumulatorBytes = 256 << 10;  // of a tile: they stay in the
 constexpr int64_t kInterleavedPixels = 128;       // of a tile whose accumulators are touched once
 constexpr int64_t kLeastTiles = 8;  // of a level, if they have kLeastPixels: for several threads, however many
 constexpr int64_t kLeastPixels = 512;
-constexpr int64_t kStudentPixels = 1 << 15;   // of a tile that only needs the student's gradient: long rows in sequence
-constexpr int64_t kSerialElements = 1 << 15;  // below it, waking other threads costs more than it gains
+constexpr int64_t kStudentPixels = 1 << 15;  // of a tile that only needs the student's gradient: long rows in sequence
 
 // Bump allocator; without a base it only adds up.
 struct Arena {

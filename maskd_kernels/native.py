@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def module() -> ModuleType:
     return loaded
 
 
-_POOLED_BYTES = 4 << 20  # smaller blocks the C library keeps and reuses by itself
+_POOLED_BYTES = 1 << 20  # smaller blocks the C library keeps and reuses by itself
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -70,6 +71,27 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
         tensor.fill_(math.nan)
     return tensor
+
+
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/common.h, DType
+ABSENT = (0, 0, 0, 0, 0)
+
+
+def describe(view: Tensor) -> tuple[int, int, int, int, int]:  # [N, C, P]
+    """A feature as the extension takes it: address, dtype code, strides."""
+    n, c, p = view.stride()
+    return view.data_ptr(), _DTYPE_CODES[view.dtype], n, c, p
+
+
+def map_shape(view: Tensor, interleaved: bool) -> Any:  # [N, C, P]
+    """The size of a level and which axis is dense, as the extension takes them."""
+    n, c, p = view.shape
+    return module().MapShape(n, c, p, interleaved, torch.get_num_threads())
+
+
+def address(x: Tensor | None) -> int:
+    """The address of a tensor's memory; 0 for none."""
+    return 0 if x is None or x.numel() == 0 else x.data_ptr()
 
 
 def release_memory() -> None:

@@ -192,3 +192,93 @@ def published_maskd_loss(
     hidden = torch.nn.functional.conv2d(teacher, conv_weight, conv_bias, padding=1).mean((2, 3), keepdim=True)
     weights = torch.nn.functional.conv2d(hidden, projection_weight, projection_bias).flatten(1).softmax(-1)  # [N, K]
     return (error.mean(-1) * weights).sum(-1).mean()
+
+
+# ---- scale_pixels ------------------------------------------------------------------------------
+
+
+def scale_pixels(x: Sequence[Tensor], scale: Sequence[Tensor]) -> list[Tensor]:
+    """``y = scale x``, per level: x ``[N, C, *spatial]``, scale ``[N, P]`` in the compute dtype."""
+    return [
+        (level.flatten(2).to(s.dtype) * s[:, None]).reshape(level.shape).to(level.dtype)
+        for level, s in zip(x, scale, strict=True)
+    ]
+
+
+def scale_pixels_backward(
+    x: Sequence[Tensor], scale: Sequence[Tensor], grad: Sequence[Tensor], needs: Sequence[bool]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """``d x = scale g`` and ``d scale = sum_c x g``."""
+    grad_x, grad_scale = [], []
+    for level, s, g in zip(x, scale, grad, strict=True):
+        upstream = g.flatten(2).to(s.dtype)
+        if needs[0]:
+            grad_x.append((upstream * s[:, None]).reshape(level.shape).to(level.dtype))
+        if needs[1]:
+            grad_scale.append((upstream * level.flatten(2).to(s.dtype)).sum(1))
+    return grad_x, grad_scale
+
+
+# ---- squared_error -----------------------------------------------------------------------------
+
+
+def squared_error(pred: Sequence[Tensor], target: Sequence[Tensor], scale: Sequence[Tensor] = ()) -> Tensor:
+    """``[L, N]``: ``sum_{c,p} (scale pred - target)^2``; maps ``[N, C, *spatial]``, scale ``[N, C]`` per level or none."""
+    dtype = compute_dtype(pred[0].dtype)
+    result = []
+    for level, (raw, t) in enumerate(zip(pred, target, strict=True)):
+        p = raw.flatten(2).to(dtype)
+        if scale:
+            p = p * scale[level][..., None]
+        result.append((p - t.flatten(2).to(dtype)).square().sum((1, 2)))
+    return torch.stack(result)
+
+
+def squared_error_backward(
+    pred: Sequence[Tensor],
+    target: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    grad: Tensor,  # [L, N]
+    needs: Sequence[bool],  # pred, target, scale
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """With ``e = scale pred - target``: ``d pred = 2 g scale e``, ``d target = -2 g e``, ``d scale = 2 g sum_p pred e``."""
+    grad_pred, grad_target, grad_scale = [], [], []
+    for level, (raw, target_raw) in enumerate(zip(pred, target, strict=True)):
+        p, t = raw.flatten(2).to(grad.dtype), target_raw.flatten(2).to(grad.dtype)
+        s = scale[level][..., None] if scale else p.new_ones(())
+        e = 2 * grad[level][:, None, None] * (s * p - t)
+        if needs[0]:
+            grad_pred.append((s * e).reshape(raw.shape).to(raw.dtype))
+        if needs[1]:
+            grad_target.append((-e).reshape(raw.shape).to(target_raw.dtype))
+        if needs[2]:
+            grad_scale.append((p * e).sum(-1))
+    return grad_pred, grad_target, grad_scale
+
+
+# ---- attention_stats ---------------------------------------------------------------------------
+
+
+def attention_stats(x: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Per level ``[N, C, *spatial]``: ``sum_c |x| / C`` ``[N, P]`` and the channels' means ``[N, C]``."""
+    flat = [level.flatten(2).to(compute_dtype(level.dtype)) for level in x]
+    return (
+        [level.abs().sum(1) / level.shape[1] for level in flat],
+        [level.sum(-1) / max(level.shape[2], 1) for level in flat],
+    )
+
+
+def attention_stats_backward(
+    x: Sequence[Tensor], grad_attention: Sequence[Tensor | None], grad_mean: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """``d x = sign(x) g_attention / C + g_mean / P``."""
+    result = []
+    for level, g_attention, g_mean in zip(x, grad_attention, grad_mean, strict=True):
+        flat = level.flatten(2).to(compute_dtype(level.dtype))
+        gradient = torch.zeros_like(flat)
+        if g_attention is not None:
+            gradient = gradient + flat.sign() * g_attention[:, None] / flat.shape[1]
+        if g_mean is not None:
+            gradient = gradient + g_mean[..., None] / max(flat.shape[2], 1)
+        result.append(gradient.reshape(level.shape).to(level.dtype))
+    return result

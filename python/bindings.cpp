@@ -136,6 +136,85 @@ PYBIND11_MODULE(_native, m) {
       py::arg("levels"), py::arg("batch"), py::arg("num_tokens"), py::arg("float64"), py::arg("customize"),
       py::arg("threads"), py::arg("saved"), py::arg("grad"));
 
+  py::class_<MapShape>(m, "MapShape")
+      .def(py::init([](int64_t batch, int64_t channels, int64_t pixels, bool interleaved, int threads) {
+             return MapShape{batch, channels, pixels, interleaved, threads};
+           }),
+           py::arg("batch"), py::arg("channels"), py::arg("pixels"), py::arg("interleaved"), py::arg("threads"));
+
+  m.def(
+      "scale_pixels_forward",
+      [](const MapShape& shape, const FeatureTuple& x, const FeatureTuple& y, uintptr_t scale, bool float64) {
+        ScalePixels p;
+        p.shape = shape, p.x = feature(x), p.y = feature(y), p.scale = pointer(scale), p.float64 = float64;
+        py::gil_scoped_release release;
+        check(selected->scale_pixels_forward(p));
+      },
+      py::arg("shape"), py::arg("x"), py::arg("y"), py::arg("scale"), py::arg("float64"));
+
+  m.def(
+      "scale_pixels_backward",
+      [](const MapShape& shape, const FeatureTuple& x, const FeatureTuple& grad_y, const FeatureTuple& grad_x,
+         uintptr_t scale, uintptr_t grad_scale, bool float64) {
+        ScalePixels p;
+        p.shape = shape, p.x = feature(x), p.grad_y = feature(grad_y), p.grad_x = feature(grad_x);
+        p.scale = pointer(scale), p.grad_scale = pointer(grad_scale), p.float64 = float64;
+        py::gil_scoped_release release;
+        check(selected->scale_pixels_backward(p));
+      },
+      py::arg("shape"), py::arg("x"), py::arg("grad_y"), py::arg("grad_x"), py::arg("scale"), py::arg("grad_scale"),
+      py::arg("float64"));
+
+  m.def(
+      "squared_error_forward",
+      [](const MapShape& shape, const FeatureTuple& pred, const FeatureTuple& target, uintptr_t scale, uintptr_t error,
+         bool float64) {
+        SquaredError p;
+        p.shape = shape, p.pred = feature(pred), p.target = feature(target);
+        p.scale = pointer(scale), p.error = pointer(error), p.float64 = float64;
+        py::gil_scoped_release release;
+        check(selected->squared_error_forward(p));
+      },
+      py::arg("shape"), py::arg("pred"), py::arg("target"), py::arg("scale"), py::arg("error"), py::arg("float64"));
+
+  m.def(
+      "squared_error_backward",
+      [](const MapShape& shape, const FeatureTuple& pred, const FeatureTuple& target, const FeatureTuple& grad_pred,
+         const FeatureTuple& grad_target, uintptr_t scale, uintptr_t grad_scale, uintptr_t grad, bool float64) {
+        SquaredError p;
+        p.shape = shape, p.pred = feature(pred), p.target = feature(target);
+        p.grad_pred = feature(grad_pred), p.grad_target = feature(grad_target);
+        p.scale = pointer(scale), p.grad_scale = pointer(grad_scale), p.grad = pointer(grad), p.float64 = float64;
+        py::gil_scoped_release release;
+        check(selected->squared_error_backward(p));
+      },
+      py::arg("shape"), py::arg("pred"), py::arg("target"), py::arg("grad_pred"), py::arg("grad_target"),
+      py::arg("scale"), py::arg("grad_scale"), py::arg("grad"), py::arg("float64"));
+
+  m.def(
+      "attention_stats_forward",
+      [](const MapShape& shape, const FeatureTuple& x, uintptr_t attention, uintptr_t mean, bool float64) {
+        AttentionStats p;
+        p.shape = shape, p.x = feature(x), p.attention = pointer(attention), p.mean = pointer(mean);
+        p.float64 = float64;
+        py::gil_scoped_release release;
+        check(selected->attention_stats_forward(p));
+      },
+      py::arg("shape"), py::arg("x"), py::arg("attention"), py::arg("mean"), py::arg("float64"));
+
+  m.def(
+      "attention_stats_backward",
+      [](const MapShape& shape, const FeatureTuple& x, const FeatureTuple& grad_x, uintptr_t grad_attention,
+         uintptr_t grad_mean, bool float64) {
+        AttentionStats p;
+        p.shape = shape, p.x = feature(x), p.grad_x = feature(grad_x);
+        p.grad_attention = pointer(grad_attention), p.grad_mean = pointer(grad_mean), p.float64 = float64;
+        py::gil_scoped_release release;
+        check(selected->attention_stats_backward(p));
+      },
+      py::arg("shape"), py::arg("x"), py::arg("grad_x"), py::arg("grad_attention"), py::arg("grad_mean"),
+      py::arg("float64"));
+
   m.def(
       "streaming_difference",
       [](uintptr_t a, uintptr_t b, uintptr_t out, int64_t count, int threads) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -48,3 +49,14 @@ def empty_gradient(x: Tensor, interleaved: bool, pooled: bool = False) -> Tensor
     shape = (x.shape[0], *x.shape[2:], x.shape[1]) if interleaved else x.shape
     memory = native.empty(shape, x.dtype) if pooled else x.new_empty(shape)
     return memory.movedim(-1, 1) if interleaved else memory
+
+
+def empty_like(features: Sequence[Tensor], pooled: bool = False) -> list[Tensor]:
+    """Memory for results shaped and laid out like each level."""
+    return [empty_gradient(x, dense_view(x).interleaved, pooled) for x in features]
+
+
+def copy_all(destinations: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    """Results of the reference into memory laid out as the operator promises."""
+    for destination, source in zip(destinations, sources, strict=True):
+        destination.copy_(source)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from maskd_kernels import backends, native, reference
 from maskd_kernels.ops import layout
+from maskd_kernels.ops.registration import register_gradient
 from maskd_kernels.reference import TAPS, ReceptiveStats, compute_dtype
 
 _NAME = "maskd_kernels::receptive_stats"
@@ -151,8 +152,7 @@ def _backward(
     if backend == "reference":
         with torch.autocast(teacher[0].device.type, enabled=False):
             computed = reference.receptive_stats_backward(teacher, tokens, student, stats, upstream, needs)
-        for destination, value in zip(chain(*results), chain(*computed), strict=True):
-            destination.copy_(value)
+        layout.copy_all(chain(*results), chain(*computed))
     elif backend == "native":
         _native_backward(teacher, tokens, student, stats, upstream, results)
     else:
@@ -195,28 +195,10 @@ def _autograd(ctx: Any, *grad: Tensor | None) -> tuple[Any, ...]:
     return (*result, None, None)
 
 
-def _second_derivative(ctx: Any, *grad: Any) -> None:
-    raise NotImplementedError("receptive_stats: second derivatives are not implemented")
-
-
-torch.library.register_autograd(_NAME, _autograd, setup_context=_setup_context)
-torch.library.register_autograd(_BACKWARD_NAME, _second_derivative)
+register_gradient("receptive_stats", _setup_context, _autograd)
 
 
 # ---- The native kernels ------------------------------------------------------------------------
-
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/common.h, DType
-_ABSENT = (0, 0, 0, 0, 0)
-
-
-def _describe(view: Tensor) -> tuple[int, int, int, int, int]:  # [N, C, P]
-    n, c, p = view.stride()
-    return view.data_ptr(), _DTYPE_CODES[view.dtype], n, c, p
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None or x.numel() == 0 else x.data_ptr()
-
 
 def _native_levels(
     teacher: Sequence[Tensor],
@@ -238,12 +220,12 @@ def _native_levels(
         _, channels, pixels = t.shape
         levels.append(
             native.module().ReceptiveLevel(
-                teacher=_describe(t),
-                student=_ABSENT if s is None else _describe(s),
-                grad_teacher=_describe(layout.dense_view(grad_teacher[i]).view) if grad_teacher else _ABSENT,
-                grad_student=_describe(layout.dense_view(grad_student[i]).view) if grad_student else _ABSENT,
-                tokens=_address(token),
-                grad_tokens=_address(grad_tokens[i]) if grad_tokens else 0,
+                teacher=native.describe(t),
+                student=native.ABSENT if s is None else native.describe(s),
+                grad_teacher=native.describe(layout.dense_view(grad_teacher[i]).view) if grad_teacher else native.ABSENT,
+                grad_student=native.describe(layout.dense_view(grad_student[i]).view) if grad_student else native.ABSENT,
+                tokens=native.address(token),
+                grad_tokens=native.address(grad_tokens[i]) if grad_tokens else 0,
                 channels=channels,
                 pixels=pixels,
                 interleaved=interleaved,
@@ -272,7 +254,7 @@ def _native_forward(
         float64=teacher[0].dtype == torch.float64,
         customize=customize is not None and bool(customize),  # a CPU tensor: nothing to wait for
         threads=torch.get_num_threads(),
-        out=[_address(x) for x in out],
+        out=[native.address(x) for x in out],
     )
 
 
@@ -292,6 +274,6 @@ def _native_backward(
         float64=teacher[0].dtype == torch.float64,
         customize=saved.teacher_masks.numel() > 0,
         threads=torch.get_num_threads(),
-        saved=[_address(x) for x in saved],
-        grad=[_address(x) for x in grad],
+        saved=[native.address(x) for x in saved],
+        grad=[native.address(x) for x in grad],
     )

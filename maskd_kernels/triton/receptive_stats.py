@@ -10,16 +10,25 @@ sums and a second kernel adds them in a fixed order, so that results are bitwise
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from maskd_kernels.ops import layout
 from maskd_kernels.reference import TAPS, ReceptiveStats
+from maskd_kernels.triton.common import (
+    STREAM_C,
+    STREAM_P,
+    STREAM_WARPS,
+    alignment,
+    feature_offsets,
+    new_partials,
+    reduce_tiles,
+    rest_stride,
+    tile_grid,
+)
 
 BLOCK_C = 32
 BLOCK_P = 64
@@ -27,14 +36,6 @@ NUM_WARPS = 4
 PRECISION = tl.constexpr("tf32x3")
 _SIZES = ["channels", "pixels", "width", "total_pixels", "total_channels"]
 _STRIDES = ["teacher_n", "teacher_stride", "student_n", "student_stride"]
-
-
-@triton.jit
-def feature_offsets(n, c, p, stride_n, stride, INTERLEAVED: tl.constexpr):
-    """[BLOCK_C, BLOCK_P] offsets into a feature; ``stride`` is that of the axis that is not dense."""
-    if INTERLEAVED:
-        return n * stride_n + p[None, :].to(tl.int64) * stride + c[:, None]
-    return n * stride_n + c[:, None].to(tl.int64) * stride + p[None, :]
 
 
 @triton.jit
@@ -137,19 +138,6 @@ def forward_kernel(
             tl.store(partial + K + k, tl.sum(m * m * d[None, :], 1), mask=k < K)
         gram = tl.dot(m, tl.trans(m), input_precision=PRECISION)  # [K_PAD, K_PAD]
         tl.store(partial + 2 * K + k[:, None] * K + k[None, :], gram, mask=(k < K)[:, None] & (k < K)[None, :])
-
-
-@triton.jit(do_not_specialize=["rows", "row_size", "width", "begin", "out_n", "out_set"])
-def reduce_kernel(partials, out, rows, row_size, begin, width, out_n, out_set, BLOCK: tl.constexpr):
-    """out[n, set, :width] = sum of n's ``rows`` partial rows, columns ``begin + set * width`` on, in order."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    n = tl.program_id(1).to(tl.int64)
-    which = tl.program_id(2)
-    total = tl.zeros([BLOCK], tl.float32)
-    for row in range(0, rows):
-        column = begin + which * width + i
-        total += tl.load(partials + (n * rows + row) * row_size + column, mask=i < width, other=0.0)
-    tl.store(out + n * out_n + which * out_set + i, total, mask=i < width)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, *_STRIDES, "pixel_offset", "channel_offset"])
@@ -285,20 +273,12 @@ def backward_kernel(
 def backward_tile(wants_logits: bool, element_size: int) -> tuple[int, int, int]:
     """Channels and pixels per step, and warps: no register spills, and 128 bits of a tile or more for each thread."""
     if not wants_logits:
-        return 16, 128, NUM_WARPS
+        return STREAM_C, STREAM_P, STREAM_WARPS
     return BLOCK_C, BLOCK_P, 2 * NUM_WARPS if element_size == 4 else NUM_WARPS
-
-
-def _rest_stride(view: Tensor, interleaved: bool) -> int:
-    return view.stride(2) if interleaved else view.stride(1)
 
 
 def _pad_tokens(num_tokens: int) -> int:
     return max(16, triton.next_power_of_2(num_tokens))
-
-
-def _grid(view: Tensor, block: int) -> tuple[int, int]:  # [N, C, P]
-    return triton.cdiv(view.shape[2], block), view.shape[0]
 
 
 def _feature_arguments(t: layout.Feature, s: layout.Feature | None) -> tuple[dict[str, int], dict[str, int | bool]]:
@@ -306,28 +286,17 @@ def _feature_arguments(t: layout.Feature, s: layout.Feature | None) -> tuple[dic
     other = s if s is not None else t
     strides = {
         "teacher_n": t.view.stride(0),
-        "teacher_stride": _rest_stride(*t),
+        "teacher_stride": rest_stride(t),
         "student_n": other.view.stride(0),
-        "student_stride": _rest_stride(*other),
+        "student_stride": rest_stride(other),
     }
     constants = {
-        # Powers of two, up to the 8 elements of a 128-bit load, that divide row starts and row lengths.
-        "ALIGN": math.gcd(8, *strides.values()),
-        "C_ALIGN": math.gcd(8, t.view.shape[1]),
-        "P_ALIGN": math.gcd(8, t.view.shape[2]),
+        **alignment(t, other),
         "TEACHER_INTERLEAVED": t.interleaved,
         "STUDENT_INTERLEAVED": other.interleaved,
         "HAS_STUDENT": s is not None,
     }
     return strides, constants
-
-
-def _reduce(partials: Tensor, out: Tensor, images: int, rows: int, begin: int, width: int, sets: int = 1) -> None:
-    """out [images, (sets,) width] = partials [images * rows, ...] summed over the rows of each image."""
-    if width and images:
-        grid = (triton.cdiv(width, 256), images, sets)
-        strides = (out.stride(0), out.stride(1) if sets > 1 else 0)
-        reduce_kernel[grid](partials, out, rows, partials.shape[1], begin, width, *strides, BLOCK=256, num_warps=4)
 
 
 def forward(
@@ -343,9 +312,9 @@ def forward(
         t = layout.dense_view(raw)
         s = layout.dense_view(student[level]) if student else None
         n, channels, pixels = t.view.shape
-        tiles, _ = grid = _grid(t.view, BLOCK_P)
-        partials = t.view.new_empty(n * tiles, 2 * num_tokens + num_tokens**2, dtype=torch.float32)
-        sums = t.view.new_empty(n * tiles, TAPS * channels if out.sums.numel() else 0, dtype=torch.float32)
+        tiles, _ = grid = tile_grid(t.view, BLOCK_P)
+        partials = new_partials(t.view, n * tiles, 2 * num_tokens + num_tokens**2)
+        sums = new_partials(t.view, n * tiles, TAPS * channels if out.sums.numel() else 0)
         strides, constants = _feature_arguments(t, s)
         if n * tiles:
             forward_kernel[grid](
@@ -374,12 +343,12 @@ def forward(
                 num_warps=NUM_WARPS,
             )
         k = num_tokens
-        _reduce(partials, out.mass[level], n, tiles, 0, k)
+        reduce_tiles(partials, out.mass[level], n, tiles, 0, k)
         if s is not None:
-            _reduce(partials, out.error[level], n, tiles, k, k)
-        _reduce(partials, out.gram[level], n, tiles, 2 * k, k * k)
+            reduce_tiles(partials, out.error[level], n, tiles, k, k)
+        reduce_tiles(partials, out.gram[level], n, tiles, 2 * k, k * k)
         if out.sums.numel():
-            _reduce(sums, out.sums[:, :, channel_offset:], n, tiles, 0, channels, TAPS)
+            reduce_tiles(sums, out.sums[:, :, channel_offset:], n, tiles, 0, channels, TAPS)
         pixel_offset += pixels
         channel_offset += channels
 
@@ -402,10 +371,8 @@ def backward(
         s = layout.dense_view(student[level]) if student else None
         n, channels, pixels = t.view.shape
         block_c, block_p, warps = backward_tile(bool(grad_teacher or grad_tokens), raw.element_size())
-        tiles, _ = grid = _grid(t.view, block_p)
-        partials = t.view.new_empty(
-            n * tiles, num_tokens * channels if grad_tokens else 0, dtype=torch.float32
-        )  # [N * tiles, K * C]
+        tiles, _ = grid = tile_grid(t.view, block_p)
+        partials = new_partials(t.view, n * tiles, num_tokens * channels if grad_tokens else 0)
         strides, constants = _feature_arguments(t, s)
         if n * tiles:
             backward_kernel[grid](
@@ -451,6 +418,6 @@ def backward(
                 num_warps=warps,
             )
         if grad_tokens:
-            _reduce(partials, grad_tokens[level], 1, n * tiles, 0, num_tokens * channels)
+            reduce_tiles(partials, grad_tokens[level], 1, n * tiles, 0, num_tokens * channels)
         pixel_offset += pixels
         channel_offset += channels

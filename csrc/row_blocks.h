@@ -1,0 +1,141 @@
+// How the kernels that need no tokens walk a feature map: as rows of what lies dense in memory, one channel's pixels
+// (planar) or one pixel's channels (interleaved). A block is a few whole rows of one image; whatever is summed down the
+// columns is summed per block first and over the blocks in a fixed order: results do not depend on the threads.
+#pragma once
+
+#include <cstdlib>
+
+#include "common.h"
+
+namespace maskd {
+
+// One level [N, C, P]; every feature of a call has the same dense axis.
+struct MapShape {
+  int64_t batch = 0, channels = 0, pixels = 0;
+  bool interleaved = false;
+  int threads = 1;
+};
+
+namespace {
+
+constexpr int64_t kBlockElements = 1 << 16;  // of a block, or kLeastRows
+constexpr int64_t kLeastRows = 16;           // so that column sums of blocks are few beside the map
+
+struct RowBlocks {
+  MapShape shape;
+  int64_t rows, columns, size, count;  // size: rows per block; count: blocks per image
+
+  explicit RowBlocks(const MapShape& s) : shape(s) {
+    rows = s.interleaved ? s.pixels : s.channels;
+    columns = s.interleaved ? s.channels : s.pixels;
+    const int64_t fitting = kBlockElements / (columns > 0 ? columns : 1);
+    size = fitting > kLeastRows ? fitting : kLeastRows;
+    count = columns > 0 ? (rows + size - 1) / size : 0;
+  }
+
+  int threads() const {
+    return shape.batch * rows * columns < kSerialElements || shape.threads < 1 ? 1 : shape.threads;
+  }
+
+  MASKD_INLINE int64_t offset(const Feature& feature, int64_t n, int64_t row) const {
+    return n * feature.stride_n + row * (shape.interleaved ? feature.stride_p : feature.stride_c);
+  }
+
+  bool streams(const Feature& result) const {
+    return shape.batch * rows * columns * size_of(result.dtype) >= kStreamBytes;
+  }
+
+  // visit(n, block, first row, last row) for every block, in parallel.
+  template <typename Visit>
+  void each(Visit visit) const {
+    const int workers = threads();
+#pragma omp parallel num_threads(workers) if (workers > 1)
+    {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t task = 0; task < shape.batch * count; ++task) {
+        const int64_t n = task / count, block = task % count, row = block * size, last = row + size;
+        visit(n, block, row, last < rows ? last : rows);
+      }
+      stream_fence();
+    }
+  }
+
+  // visit(begin, count) for the pieces of a row.
+  template <typename Visit>
+  MASKD_INLINE void pieces(Visit visit) const {
+    for (int64_t begin = 0; begin < columns; begin += kPiece)
+      visit(begin, columns - begin < kPiece ? columns - begin : kPiece);
+  }
+};
+
+// Memory that frees itself; `data` is nullptr when there was none. (Nothing of the standard library that the linker
+// could share between instruction sets.)
+template <typename T>
+struct Buffer {
+  T* data;
+  explicit Buffer(int64_t count) : data(static_cast<T*>(std::calloc(size_t(count + 1), sizeof(T)))) {}
+  ~Buffer() { std::free(data); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+};
+
+// Sums down the columns, [N, blocks, columns] while the blocks run.
+template <typename T>
+struct ColumnSums {
+  const RowBlocks& blocks;
+  const bool wanted;
+  Buffer<T> partials;
+
+  ColumnSums(const RowBlocks& b, bool are_wanted)
+      : blocks(b), wanted(are_wanted), partials(wanted ? b.shape.batch * b.count * b.columns : 0) {}
+
+  bool ready() const { return partials.data != nullptr; }
+
+  MASKD_INLINE T* row(int64_t n, int64_t block) const {
+    return wanted ? partials.data + (n * blocks.count + block) * blocks.columns : nullptr;
+  }
+
+  // out [N, columns] = factor * the sums.
+  void total(T* out, T factor) const {
+    const int workers = blocks.threads();
+    const int64_t per_image = (blocks.columns + kPiece - 1) / kPiece;
+#pragma omp parallel for schedule(static) num_threads(workers) if (workers > 1)
+    for (int64_t task = 0; task < blocks.shape.batch * per_image; ++task) {
+      const int64_t n = task / per_image, begin = task % per_image * kPiece;
+      const int64_t length = blocks.columns - begin < kPiece ? blocks.columns - begin : kPiece;
+      T* to = out + n * blocks.columns + begin;
+      for (int64_t i = 0; i < length; ++i) to[i] = T(0);
+      for (int64_t block = 0; block < blocks.count; ++block) {
+        const T* from = row(n, block) + begin;
+        for (int64_t i = 0; i < length; ++i) to[i] += from[i];
+      }
+      for (int64_t i = 0; i < length; ++i) to[i] *= factor;
+    }
+  }
+};
+
+// Writes value(i) for i < count to a result, past the caches where it is large.
+template <typename T, typename Value>
+MASKD_INLINE void write_values(const Feature& result, int64_t offset, int64_t count, bool stream, T* staged,
+                               Value value) {
+  const bool in_place = !stream && result.dtype == kDType<T>;
+  T* to = in_place ? static_cast<T*>(result.data) + offset : staged;
+  for (int64_t i = 0; i < count; ++i) to[i] = value(i);
+  if (!in_place) write_run(result, offset, count, to, stream);
+}
+
+// The sum of value(i) over vectors, where value takes a position and gives kLanes<T> values, and over what is left.
+template <typename T, typename Vector, typename Scalar>
+MASKD_INLINE T sum_values(int64_t count, Vector vector, Scalar scalar) {
+  constexpr int64_t L = kLanes<T>;
+  Vec<T> sums[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * L <= count; i += 2 * L) sums[0] += vector(i), sums[1] += vector(i + L);
+  for (; i + L <= count; i += L) sums[0] += vector(i);
+  T total = horizontal_sum<T>(sums[0] + sums[1]);
+  for (; i < count; ++i) total += scalar(i);
+  return total;
+}
+
+}  // namespace
+}  // namespace maskd

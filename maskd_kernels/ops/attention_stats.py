@@ -1,0 +1,114 @@
+"""Operator ``attention_stats``: where feature maps are strong, and the means of their channels, in one read.
+
+Defined, and computed slowly, by ``maskd_kernels.reference``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskd_kernels import backends, native, reference
+from maskd_kernels.ops import layout
+from maskd_kernels.ops.registration import register_gradient
+from maskd_kernels.reference import compute_dtype
+
+_NAME = "maskd_kernels::attention_stats"
+_BACKWARD_NAME = "maskd_kernels::attention_stats_backward"
+
+torch.library.define(_NAME, "(Tensor[] x) -> (Tensor[], Tensor[])")
+torch.library.define(_BACKWARD_NAME, "(Tensor[] x, Tensor[] grad_attention, Tensor[] grad_mean) -> Tensor[]")
+
+
+def attention_stats(x: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """``sum_c |x| / C`` and the channels' means of all levels. The caller has validated the inputs (``functional``).
+
+    Args:
+        x: ``L`` levels of ``[N, C, *spatial]``; float32, float16, bfloat16 or float64.
+
+    Returns:
+        ``L`` tensors ``[N, P]`` and ``L`` tensors ``[N, C]`` in the compute dtype (float32; float64 for float64
+        features). Differentiable.
+    """
+    attention, mean = torch.ops.maskd_kernels.attention_stats(x)
+    return list(attention), list(mean)
+
+
+def _empty(x: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    dtype = compute_dtype(x[0].dtype)
+    attention = [level.new_empty(level.shape[0], math.prod(level.shape[2:]), dtype=dtype) for level in x]
+    return attention, [level.new_empty(level.shape[:2], dtype=dtype) for level in x]
+
+
+@torch.library.register_fake(_NAME)
+def _fake(x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    return _empty(x)
+
+
+@torch.library.impl(_NAME, "CompositeExplicitAutograd")
+def _forward(x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    backend = backends.resolve(x[0].device, compute_dtype(x[0].dtype))
+    attention, mean = _empty(x)
+    if backend == "reference":
+        for out, computed in zip((attention, mean), reference.attention_stats(x), strict=True):
+            layout.copy_all(out, computed)
+    elif backend == "native":
+        for level, to_attention, to_mean in zip(x, attention, mean, strict=True):
+            a = layout.dense_view(level)
+            native.module().attention_stats_forward(
+                shape=native.map_shape(*a),
+                x=native.describe(a.view),
+                attention=native.address(to_attention),
+                mean=native.address(to_mean),
+                float64=level.dtype == torch.float64,
+            )
+    else:
+        from maskd_kernels.triton import attention_stats as kernels
+
+        kernels.forward(x, attention, mean)
+    return attention, mean
+
+
+@torch.library.register_fake(_BACKWARD_NAME)
+def _backward_fake(x: list[Tensor], grad_attention: list[Tensor], grad_mean: list[Tensor]) -> list[Tensor]:
+    return layout.empty_like(x)
+
+
+@torch.library.impl(_BACKWARD_NAME, "CompositeExplicitAutograd")
+def _backward(x: list[Tensor], grad_attention: list[Tensor], grad_mean: list[Tensor]) -> list[Tensor]:
+    backend = backends.resolve(x[0].device, compute_dtype(x[0].dtype))
+    out = layout.empty_like(x, pooled=backend == "native")
+    grad_attention, grad_mean = [g.contiguous() for g in grad_attention], [g.contiguous() for g in grad_mean]
+    if backend == "reference":
+        layout.copy_all(out, reference.attention_stats_backward(x, grad_attention, grad_mean))
+    elif backend == "native":
+        for level, from_attention, from_mean, result in zip(x, grad_attention, grad_mean, out, strict=True):
+            a = layout.dense_view(level)
+            native.module().attention_stats_backward(
+                shape=native.map_shape(*a),
+                x=native.describe(a.view),
+                grad_x=native.describe(layout.dense_view(result).view),
+                grad_attention=native.address(from_attention),
+                grad_mean=native.address(from_mean),
+                float64=level.dtype == torch.float64,
+            )
+    else:
+        from maskd_kernels.triton import attention_stats as kernels
+
+        kernels.backward(x, grad_attention, grad_mean, out)
+    return out
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[0])
+
+
+def _autograd(ctx: Any, grad_attention: list[Tensor], grad_mean: list[Tensor]) -> Any:
+    return torch.ops.maskd_kernels.attention_stats_backward(ctx.saved_tensors, grad_attention, grad_mean)
+
+
+register_gradient("attention_stats", _setup_context, _autograd)

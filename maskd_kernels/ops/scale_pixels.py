@@ -1,0 +1,120 @@
+"""Operator ``scale_pixels``: feature maps times one number per pixel; the backward gives both gradients in one pass.
+
+Defined, and computed slowly, by ``maskd_kernels.reference``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskd_kernels import backends, native, reference
+from maskd_kernels.ops import layout
+from maskd_kernels.ops.registration import register_gradient
+from maskd_kernels.reference import compute_dtype
+
+_NAME = "maskd_kernels::scale_pixels"
+_BACKWARD_NAME = "maskd_kernels::scale_pixels_backward"
+
+torch.library.define(_NAME, "(Tensor[] x, Tensor[] scale) -> Tensor[]")
+torch.library.define(_BACKWARD_NAME, "(Tensor[] x, Tensor[] scale, Tensor[] grad, bool[] needs) -> Tensor[]")
+
+
+def scale_pixels(x: Sequence[Tensor], scale: Sequence[Tensor]) -> list[Tensor]:
+    """``scale * x`` of all levels. The caller has validated shapes, dtypes and devices (``functional``).
+
+    Args:
+        x: ``L`` levels of ``[N, C, *spatial]``; float32, float16, bfloat16 or float64.
+        scale: ``L`` tensors ``[N, P]`` in the compute dtype (float32; float64 for float64 features).
+
+    Returns:
+        ``L`` tensors like ``x``, in its dtype. Differentiable in both.
+    """
+    return list(torch.ops.maskd_kernels.scale_pixels(x, scale))
+
+
+@torch.library.register_fake(_NAME)
+def _fake(x: list[Tensor], scale: list[Tensor]) -> list[Tensor]:
+    return layout.empty_like(x)
+
+
+@torch.library.impl(_NAME, "CompositeExplicitAutograd")
+def _forward(x: list[Tensor], scale: list[Tensor]) -> list[Tensor]:
+    backend = backends.resolve(x[0].device, compute_dtype(x[0].dtype))
+    out = layout.empty_like(x, pooled=backend == "native")
+    if backend == "reference":
+        layout.copy_all(out, reference.scale_pixels(x, scale))
+    elif backend == "native":
+        for level, factor, result in zip(x, scale, out, strict=True):
+            a = layout.dense_view(level)
+            native.module().scale_pixels_forward(
+                shape=native.map_shape(*a),
+                x=native.describe(a.view),
+                y=native.describe(layout.dense_view(result).view),
+                scale=native.address(factor),
+                float64=level.dtype == torch.float64,
+            )
+    else:
+        from maskd_kernels.triton import scale_pixels as kernels
+
+        kernels.forward(x, scale, out)
+    return out
+
+
+def _empty_gradients(
+    x: Sequence[Tensor], scale: Sequence[Tensor], needs: Sequence[bool], pooled: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    return layout.empty_like(x, pooled) if needs[0] else [], [torch.empty_like(s) for s in scale] if needs[1] else []
+
+
+@torch.library.register_fake(_BACKWARD_NAME)
+def _backward_fake(x: list[Tensor], scale: list[Tensor], grad: list[Tensor], needs: list[bool]) -> list[Tensor]:
+    return list(chain(*_empty_gradients(x, scale, needs)))
+
+
+@torch.library.impl(_BACKWARD_NAME, "CompositeExplicitAutograd")
+def _backward(x: list[Tensor], scale: list[Tensor], grad: list[Tensor], needs: list[bool]) -> list[Tensor]:
+    backend = backends.resolve(x[0].device, compute_dtype(x[0].dtype))
+    grad_x, grad_scale = results = _empty_gradients(x, scale, needs, pooled=backend == "native")
+    if backend == "reference":
+        layout.copy_all(chain(*results), chain(*reference.scale_pixels_backward(x, scale, grad, needs)))
+    elif backend == "native":
+        for i, (level, factor, upstream) in enumerate(zip(x, scale, grad, strict=True)):
+            a = layout.dense_view(level)
+            g = layout.with_layout(layout.dense_view(upstream), a.interleaved).view
+            native.module().scale_pixels_backward(
+                shape=native.map_shape(*a),
+                x=native.describe(a.view),
+                grad_y=native.describe(g),
+                grad_x=native.describe(layout.dense_view(grad_x[i]).view) if grad_x else native.ABSENT,
+                scale=native.address(factor),
+                grad_scale=native.address(grad_scale[i]) if grad_scale else 0,
+                float64=level.dtype == torch.float64,
+            )
+    else:
+        from maskd_kernels.triton import scale_pixels as kernels
+
+        kernels.backward(x, scale, grad, grad_x, grad_scale)
+    return list(chain(*results))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, scale = inputs
+    ctx.count = len(x)
+    ctx.save_for_backward(*x, *scale)
+
+
+def _autograd(ctx: Any, grad: list[Tensor]) -> tuple[Any, ...]:
+    x, scale = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+    needs = [any(needed) for needed in ctx.needs_input_grad[:2]]
+    gradients = torch.ops.maskd_kernels.scale_pixels_backward(x, scale, grad, needs)
+    none = [None] * ctx.count
+    grad_x = gradients[: ctx.count] if needs[0] else none
+    return grad_x, gradients[-ctx.count :] if needs[1] else none
+
+
+register_gradient("scale_pixels", _setup_context, _autograd)

@@ -1,0 +1,157 @@
+"""Operator ``squared_error``: how far predicted feature maps, their channels scaled, are from their targets.
+
+Defined, and computed slowly, by ``maskd_kernels.reference``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskd_kernels import backends, native, reference
+from maskd_kernels.ops import layout
+from maskd_kernels.ops.registration import register_gradient
+from maskd_kernels.reference import compute_dtype
+
+_NAME = "maskd_kernels::squared_error"
+_BACKWARD_NAME = "maskd_kernels::squared_error_backward"
+
+torch.library.define(_NAME, "(Tensor[] pred, Tensor[] target, Tensor[] scale) -> Tensor")
+torch.library.define(
+    _BACKWARD_NAME, "(Tensor[] pred, Tensor[] target, Tensor[] scale, Tensor grad, bool[] needs) -> Tensor[]"
+)
+
+
+def squared_error(pred: Sequence[Tensor], target: Sequence[Tensor], scale: Sequence[Tensor] = ()) -> Tensor:
+    """``sum_{c,p} (scale pred - target)^2`` of all levels. The caller has validated the inputs (``functional``).
+
+    Args:
+        pred: ``L`` levels of ``[N, C, *spatial]``; float32, float16, bfloat16, or all inputs float64.
+        target: like ``pred``; its floating dtype may differ.
+        scale: ``L`` tensors ``[N, C]`` in the compute dtype (float32; float64 for float64 features), or none.
+
+    Returns:
+        ``[L, N]`` in the compute dtype. Differentiable in all inputs.
+    """
+    result: Tensor = torch.ops.maskd_kernels.squared_error(pred, target, scale)
+    return result
+
+
+def _empty(pred: Sequence[Tensor]) -> Tensor:
+    return pred[0].new_empty(len(pred), pred[0].shape[0], dtype=compute_dtype(pred[0].dtype))
+
+
+@torch.library.register_fake(_NAME)
+def _fake(pred: list[Tensor], target: list[Tensor], scale: list[Tensor]) -> Tensor:
+    return _empty(pred)
+
+
+@torch.library.impl(_NAME, "CompositeExplicitAutograd")
+def _forward(pred: list[Tensor], target: list[Tensor], scale: list[Tensor]) -> Tensor:
+    backend = backends.resolve(pred[0].device, compute_dtype(pred[0].dtype))
+    out = _empty(pred)
+    if backend == "reference":
+        out.copy_(reference.squared_error(pred, target, scale))
+    elif backend == "native":
+        for i, (raw, goal) in enumerate(zip(pred, target, strict=True)):
+            p = layout.dense_view(raw)
+            t = layout.with_layout(layout.dense_view(goal), p.interleaved).view
+            native.module().squared_error_forward(
+                shape=native.map_shape(*p),
+                pred=native.describe(p.view),
+                target=native.describe(t),
+                scale=native.address(scale[i]) if scale else 0,
+                error=native.address(out[i]),
+                float64=raw.dtype == torch.float64,
+            )
+    else:
+        from maskd_kernels.triton import squared_error as kernels
+
+        kernels.forward(pred, target, scale, out)
+    return out
+
+
+def _empty_gradients(
+    pred: Sequence[Tensor],
+    target: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    needs: Sequence[bool],
+    pooled: bool = False,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    interleaved = [layout.dense_view(x).interleaved for x in pred]
+    return (
+        layout.empty_like(pred, pooled) if needs[0] else [],
+        [layout.empty_gradient(t, dense, pooled) for t, dense in zip(target, interleaved, strict=True)]
+        if needs[1]
+        else [],
+        [torch.empty_like(s) for s in scale] if needs[2] else [],
+    )
+
+
+@torch.library.register_fake(_BACKWARD_NAME)
+def _backward_fake(
+    pred: list[Tensor], target: list[Tensor], scale: list[Tensor], grad: Tensor, needs: list[bool]
+) -> list[Tensor]:
+    return list(chain(*_empty_gradients(pred, target, scale, needs)))
+
+
+@torch.library.impl(_BACKWARD_NAME, "CompositeExplicitAutograd")
+def _backward(
+    pred: list[Tensor],
+    target: list[Tensor],
+    scale: list[Tensor],
+    grad: Tensor,  # [L, N]
+    needs: list[bool],  # pred, target, scale
+) -> list[Tensor]:
+    backend = backends.resolve(pred[0].device, compute_dtype(pred[0].dtype))
+    results = _empty_gradients(pred, target, scale, needs, pooled=backend == "native")
+    grad_pred, grad_target, grad_scale = results
+    grad = grad.contiguous()
+    if backend == "reference":
+        computed = reference.squared_error_backward(pred, target, scale, grad, needs)
+        layout.copy_all(chain(*results), chain(*computed))
+    elif backend == "native":
+        for i, (raw, goal) in enumerate(zip(pred, target, strict=True)):
+            p = layout.dense_view(raw)
+            t = layout.with_layout(layout.dense_view(goal), p.interleaved).view
+            native.module().squared_error_backward(
+                shape=native.map_shape(*p),
+                pred=native.describe(p.view),
+                target=native.describe(t),
+                grad_pred=native.describe(layout.dense_view(grad_pred[i]).view) if grad_pred else native.ABSENT,
+                grad_target=native.describe(layout.dense_view(grad_target[i]).view) if grad_target else native.ABSENT,
+                scale=native.address(scale[i]) if scale else 0,
+                grad_scale=native.address(grad_scale[i]) if grad_scale else 0,
+                grad=native.address(grad[i]),
+                float64=raw.dtype == torch.float64,
+            )
+    else:
+        from maskd_kernels.triton import squared_error as kernels
+
+        kernels.backward(pred, target, scale, grad, *results)
+    return list(chain(*results))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pred, target, scale = inputs
+    ctx.levels = len(pred)
+    ctx.save_for_backward(*pred, *target, *scale)
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    levels, saved = ctx.levels, ctx.saved_tensors
+    pred, target, scale = saved[:levels], saved[levels : 2 * levels], saved[2 * levels :]
+    needs = [bool(needed) and any(needed) for needed in ctx.needs_input_grad[:3]]
+    gradients = torch.ops.maskd_kernels.squared_error_backward(pred, target, scale, grad, needs)
+    result: list[Any] = []
+    for needed, count in zip(needs, (levels, levels, len(scale)), strict=True):
+        result.append(gradients[:count] if needed else [None] * count)
+        gradients = gradients[count:] if needed else gradients
+    return tuple(result)
+
+
+register_gradient("squared_error", _setup_context, _autograd)

@@ -1,0 +1,281 @@
+"""Operators ``scale_pixels``, ``squared_error`` and ``attention_stats``: the same cases for each, on every backend."""
+
+import math
+
+import pytest
+import torch
+from helpers import CAP, DEVICE, assert_close, features
+
+from maskd_kernels import native, reference, use_backend
+from maskd_kernels.ops.attention_stats import attention_stats
+from maskd_kernels.ops.scale_pixels import scale_pixels
+from maskd_kernels.ops.squared_error import squared_error
+
+LAYOUTS = ["contiguous", "channels_last", "sliced", "every_other"]
+LAYOUTS += ["expanded_batch", "expanded_pixels", "expanded_channels"]
+SHAPES = [(2, 10, 7, 9), (1, 4, 1, 1), (2, 19, 8, 16), (1, 3, 5, 1), (2, 37, 1, 131), (1, 2, 40, 33), (2, 70, 33)]
+FLOAT64_BACKENDS = ["reference"] + ["native"] * (DEVICE == "cpu" and native.available())
+
+
+def small(shape, dtype):
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype).requires_grad_()
+
+
+def scale_inputs(shape, dtype=torch.float32, layout="contiguous", other=None):
+    return [features(shape, dtype, layout)], [small((shape[0], math.prod(shape[2:])), dtype)]
+
+
+def error_inputs(shape, dtype=torch.float32, layout="contiguous", other=None):
+    return [features(shape, dtype, layout)], [features(shape, other or dtype, layout)], [small(shape[:2], dtype)]
+
+
+def unscaled_inputs(shape, dtype=torch.float32, layout="contiguous", other=None):
+    return [features(shape, dtype, layout)], [features(shape, other or dtype, layout)], []
+
+
+def attention_inputs(shape, dtype=torch.float32, layout="contiguous", other=None):
+    return ([features(shape, dtype, layout)],)
+
+
+OPERATORS = {
+    "scale_pixels": (scale_pixels, reference.scale_pixels, scale_inputs),
+    "squared_error": (squared_error, reference.squared_error, error_inputs),
+    "squared_error_unscaled": (squared_error, reference.squared_error, unscaled_inputs),
+    "attention_stats": (attention_stats, reference.attention_stats, attention_inputs),
+}
+
+
+@pytest.fixture(params=list(OPERATORS))
+def operator(request):
+    return request.param
+
+
+def flat(outputs):
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    return [x for item in outputs for x in flat(item)]
+
+
+def differentiate(outputs, inputs, upstream):
+    total = 0.0
+    for i, x in enumerate(outputs):
+        # Numbers that every dtype has, so that all are differentiated with the same.
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(i)).bfloat16().float().half()
+        total = total + (x.sum() if upstream == "sum" else (x * noise.to(x)).sum())
+    return torch.autograd.grad(total, inputs, allow_unused=True)
+
+
+def check(backend, name, inputs, upstream="random"):
+    """Values and gradients against float64: at most twice as far off as PyTorch in the same dtypes, and the cap."""
+    function, oracle, _ = OPERATORS[name]
+    leaves = [x for group in inputs for x in group if x.requires_grad]
+    doubles = [[x.detach().double().requires_grad_(x.requires_grad) for x in group] for group in inputs]
+    exact = flat(oracle(*doubles))
+    exact_gradients = differentiate(exact, [x for group in doubles for x in group if x.requires_grad], upstream)
+    eager = flat(oracle(*inputs))
+    eager_gradients = differentiate(eager, leaves, upstream)
+    with use_backend(backend):
+        got = flat(function(*inputs))
+        gradients = differentiate(got, leaves, upstream)
+
+    def off(a, b):
+        return 0.0 if not b.numel() else (a.double() - b).abs().max().item() / max(b.abs().max().item(), 1e-30)
+
+    for i, (a, plain, b) in enumerate(zip((*got, *gradients), (*eager, *eager_gradients), (*exact, *exact_gradients))):
+        kind = f"output {i}" if i < len(got) else f"gradient {i - len(got)}"
+        assert a.dtype == plain.dtype and a.shape == plain.shape, kind
+        # Triton's interpreter cuts bfloat16 off where hardware rounds to nearest: twice the rounding error.
+        least = {torch.float64: 1e-10, torch.float32: 2e-6}.get(a.dtype, torch.finfo(a.dtype).eps)
+        assert_close(a, b, min(max(2 * off(plain, b), least), CAP[a.dtype]), f"{name} {kind}")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("upstream", ["random", "sum"])
+def test_shapes(backend, operator, shape, upstream):
+    check(backend, operator, OPERATORS[operator][2](shape), upstream)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layouts_and_dtypes(backend, operator, layout, dtype):
+    check(backend, operator, OPERATORS[operator][2]((2, 19, 7, 9), dtype, layout))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_float64(operator, layout):
+    for backend in FLOAT64_BACKENDS:
+        check(backend, operator, OPERATORS[operator][2]((2, 19, 7, 9), torch.float64, layout))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_results_stream(operator, layout, dtype):
+    """Many blocks, results that bypass the caches, odd sizes."""
+    for backend in FLOAT64_BACKENDS[1:]:
+        check(backend, operator, OPERATORS[operator][2]((1, 67, 173, 191), dtype, layout))
+
+
+@pytest.mark.parametrize("c", [1, 2, 257, 2048, 4096])
+def test_channel_counts(operator, c):
+    for backend in FLOAT64_BACKENDS:
+        for layout in ("contiguous", "channels_last"):
+            check(backend, operator, OPERATORS[operator][2]((1, c, 3, 5), layout=layout))
+
+
+def test_pyramid(backend, operator):
+    shapes = [(2, 10, 13, 17), (2, 6, 7, 9), (2, 10, 4, 5), (2, 1, 2, 3), (2, 10, 1, 1)]
+    levels = [OPERATORS[operator][2](shape) for shape in shapes]
+    check(backend, operator, [[x for level in levels for x in level[i]] for i in range(len(levels[0]))])
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3)])
+def test_nothing_to_do(backend, operator, shape):
+    inputs = OPERATORS[operator][2](shape)
+    outputs = flat(OPERATORS[operator][0](*inputs))
+    assert all(x.isfinite().all() for x in outputs)
+    leaves = [x for group in inputs for x in group]
+    gradients = differentiate(outputs, leaves, "sum")
+    assert all(g.shape == x.shape for g, x in zip(gradients, leaves, strict=True))
+
+
+@pytest.mark.parametrize(("first", "second"), [("contiguous", "channels_last"), ("channels_last", "contiguous")])
+def test_layouts_that_differ(backend, first, second):
+    pred, target = [features((2, 10, 7, 9), layout=first)], [features((2, 10, 7, 9), layout=second)]
+    check(backend, "squared_error", (pred, target, [small((2, 10), torch.float32)]))
+    # The upstream gradient of scale_pixels comes in whatever layout the next operation has.
+    x, scale = [features((2, 10, 7, 9), layout=first)], [small((2, 63), torch.float32)]
+    upstream = features((2, 10, 7, 9), layout=second, grad=False)
+    got = torch.autograd.grad(scale_pixels(x, scale)[0], [x[0], scale[0]], upstream)
+    assert_close(got[0], upstream.double() * scale[0].double().reshape(2, 1, 7, 9), 2e-6, "x")
+    assert_close(got[1], (upstream.double() * x[0].double()).sum(1).flatten(1), 2e-6, "scale")
+
+
+@pytest.mark.parametrize(("first", "second"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
+def test_dtypes_that_differ(backend, first, second):
+    check(backend, "squared_error", error_inputs((2, 10, 7, 9), first, other=second))
+
+
+def test_only_what_requires_gradients(backend, operator):
+    count = len(OPERATORS[operator][2]((2, 10, 7, 9)))
+    for wanted in range(count):
+        inputs = OPERATORS[operator][2]((2, 10, 7, 9))
+        for i, group in enumerate(inputs):
+            for x in group:
+                x.requires_grad_(i == wanted)
+        if inputs[wanted]:
+            check(backend, operator, inputs)
+
+
+def test_backward_twice(backend, operator):
+    inputs = OPERATORS[operator][2]((2, 10, 7, 9))
+    leaves = [x for group in inputs for x in group]
+    before = [x.detach().clone() for x in leaves]
+    outputs = flat(OPERATORS[operator][0](*inputs))
+    upstream = [torch.randn_like(x) for x in outputs]
+    kept = [x.clone() for x in upstream]
+    first = torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
+    second = torch.autograd.grad(outputs, leaves, upstream)
+    for a, b in ((first, second), (upstream, kept), (leaves, before)):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_second_derivative_raises(backend, operator):
+    inputs = OPERATORS[operator][2]((1, 4, 3, 3))
+    leaves = [x for group in inputs for x in group]
+    outputs = flat(OPERATORS[operator][0](*inputs))
+    gradient = torch.autograd.grad(sum(x.square().sum() for x in outputs), leaves[0], create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        torch.autograd.grad(gradient.sum(), leaves[0])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_repeatable(operator, layout):
+    """A hundred runs, bit for bit, also with another number of threads."""
+    backend = "triton" if DEVICE == "cuda" else FLOAT64_BACKENDS[-1]
+    inputs, threads = OPERATORS[operator][2]((2, 64, 50, 84), layout=layout), torch.get_num_threads()
+
+    def results():
+        outputs = flat(OPERATORS[operator][0](*inputs))
+        leaves = [x for group in inputs for x in group]
+        return [*outputs, *torch.autograd.grad(sum(x.square().sum() for x in outputs), leaves)]
+
+    with use_backend(backend):
+        expected = results()
+        try:
+            for run in range(100):
+                torch.set_num_threads(1 + run % 3)
+                assert all(torch.equal(a, b) for a, b in zip(results(), expected, strict=True)), f"run {run}"
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not native.available(), reason="the C++ kernels were not built")
+def test_every_instruction_set(operator):
+    module = native.module()
+    best = module.isa()
+    try:
+        for isa in module.isas():
+            module.select_isa(isa)
+            for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+                for layout in ("contiguous", "channels_last"):
+                    check("native", operator, OPERATORS[operator][2]((2, 19, 7, 19), dtype, layout))
+    finally:
+        module.select_isa(best)
+
+
+def test_gradcheck(operator):
+    inputs = OPERATORS[operator][2]((2, 3, 3, 4), torch.float64)
+    leaves = [x for group in inputs for x in group]
+    sizes = [len(group) for group in inputs]
+
+    def function(*tensors):
+        iterator = iter(tensors)
+        return tuple(flat(OPERATORS[operator][0](*([next(iterator) for _ in range(size)] for size in sizes))))
+
+    for backend in FLOAT64_BACKENDS:
+        with use_backend(backend):
+            assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_opcheck(backend, operator, requires_grad):
+    shapes = [((2, 10, 7, 9), "contiguous"), ((2, 6, 4, 5), "channels_last")]
+    levels = [OPERATORS[operator][2](shape, layout=layout) for shape, layout in shapes]
+    inputs = tuple(
+        [x.detach().requires_grad_(requires_grad) for level in levels for x in level[i]] for i in range(len(levels[0]))
+    )
+    name = OPERATORS[operator][0].__name__
+    torch.library.opcheck(getattr(torch.ops.maskd_kernels, name).default, inputs)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(backend, operator, dynamic):
+    torch._dynamo.reset()
+    function = OPERATORS[operator][0]
+
+    def loss(inputs):
+        return sum(x.square().sum() for x in flat(function(*inputs)))
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+    for size in ((7, 9), (6, 11)) if dynamic else ((7, 9),):
+        inputs = OPERATORS[operator][2]((2, 10, *size))
+        leaves = [x for group in inputs for x in group]
+        outputs = [f(inputs) for f in (loss, compiled)]
+        gradients = [torch.autograd.grad(x, leaves) for x in outputs]
+        for a, b in zip((outputs[0], *gradients[0]), (outputs[1], *gradients[1]), strict=True):
+            assert_close(b, a, 2e-6, "compiled")
+
+
+def test_overflowing_half_precision(backend):
+    """A sum of squares far beyond float16's largest number is exact enough: it accumulates in float32."""
+    pred = [torch.full((1, 8, 16, 16), 100.0, dtype=torch.float16, device=DEVICE)]
+    target = [torch.full((1, 8, 16, 16), -100.0, dtype=torch.float16, device=DEVICE)]
+    assert squared_error(pred, target).item() == 8 * 256 * 40000.0
+
+
+def test_attention_has_no_gradient_at_zero(backend):
+    """|x| has none there: as PyTorch's sign(0) = 0."""
+    x = torch.zeros(1, 3, 4, 4, device=DEVICE, requires_grad=True)
+    attention, _ = attention_stats([x])
+    assert torch.equal(torch.autograd.grad(attention[0].sum(), x)[0], torch.zeros_like(x))
