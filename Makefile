@@ -29,8 +29,8 @@ bench: $(INSTALLED)
 	$(BIN)/python -m bench --keep-memory --json bench/results
 
 gpu:
-	MASKD_TEST_GPU=1 $(PYTHON) -m pytest -q tests/test_receptive_stats.py tests/test_golden_maskd.py tests/test_functional.py \
-		tests/test_losses_maskd.py tests/test_gpu.py
+	MASKD_TEST_GPU=1 $(PYTHON) -m pytest -q tests/test_receptive_stats.py tests/test_streaming_ops.py tests/test_golden.py \
+		tests/test_functional.py tests/test_losses_maskd.py tests/test_losses_mgd.py tests/test_losses_amd.py tests/test_gpu.py
 	$(PYTHON) -m bench --device cuda --json bench/results
 
 lint: $(INSTALLED)

@@ -5,18 +5,25 @@ from maskd_kernels.backends import BackendUnavailableError, current_backend, use
 from maskd_kernels.distill import Distiller, Tap, TokenTrainer, plot_masks
 from maskd_kernels.functional import (
     MaskWeighting,
+    attention_stats,
     dice_diversity,
     mask_weights,
     maskd_loss,
     masked_features,
     masked_mse,
     receptive_masks,
+    scale_channels,
+    scale_pixels,
+    squared_error,
 )
-from maskd_kernels.losses import MasKDLoss, MasKDSegLoss, MaskModule
+from maskd_kernels.losses import MGD_PRESETS, AMDLoss, MasKDLoss, MasKDSegLoss, MaskModule, MGDLoss
 
 __all__ = [
+    "MGD_PRESETS",
+    "AMDLoss",
     "BackendUnavailableError",
     "Distiller",
+    "MGDLoss",
     "MasKDLoss",
     "MasKDSegLoss",
     "MaskModule",
@@ -24,6 +31,7 @@ __all__ = [
     "Tap",
     "TokenTrainer",
     "__version__",
+    "attention_stats",
     "current_backend",
     "dice_diversity",
     "mask_weights",
@@ -32,5 +40,8 @@ __all__ = [
     "masked_mse",
     "plot_masks",
     "receptive_masks",
+    "scale_channels",
+    "scale_pixels",
+    "squared_error",
     "use_backend",
 ]

@@ -14,11 +14,24 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
+from maskd_kernels.ops import attention_stats as attention_op
+from maskd_kernels.ops import scale_pixels as scale_op
+from maskd_kernels.ops import squared_error as error_op
 from maskd_kernels.ops.receptive_stats import receptive_stats
 from maskd_kernels.reference import ReceptiveStats, compute_dtype
-
-Levels = Tensor | Sequence[Tensor]
-_FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+from maskd_kernels.validation import (
+    FLOATING,
+    Levels,
+    as_features,
+    as_levels,
+    level_name,
+    match_count,
+    match_features,
+    match_scale,
+    match_tokens,
+    match_weighting,
+    shape_of,
+)
 
 
 class MaskWeighting(NamedTuple):
@@ -32,101 +45,6 @@ class MaskWeighting(NamedTuple):
     conv_bias: Tensor  # [C]
     projection_weight: Tensor  # [K, C, 1, 1]
     projection_bias: Tensor  # [K]
-
-
-# ---- Validation --------------------------------------------------------------------------------
-
-
-def _shape(x: Tensor) -> str:
-    return str(list(x.shape))
-
-
-def _levels(x: Levels, name: str) -> list[Tensor]:
-    levels = [x] if isinstance(x, Tensor) else list(x) if isinstance(x, (list, tuple)) else None
-    if levels is None or not all(isinstance(level, Tensor) for level in levels):
-        raise TypeError(f"{name}: expected a tensor or a list of tensors, got {_kind(x)}")
-    if not levels:
-        raise ValueError(f"{name}: expected at least one level, got an empty list")
-    return levels
-
-
-def _kind(x: object) -> str:
-    if isinstance(x, (list, tuple)):
-        return f"a {type(x).__name__} of {', '.join(sorted({type(item).__name__ for item in x}))}"
-    return type(x).__name__
-
-
-def _name(name: str, level: int, count: int) -> str:
-    return name if count == 1 else f"{name}[{level}]"
-
-
-def _features(x: Levels, name: str, channel_dim: int) -> list[Tensor]:
-    """The levels as ``[N, C, *spatial]`` views."""
-    levels = _levels(x, name)
-    if channel_dim not in (1, -1):
-        raise ValueError(f"channel_dim: expected 1 ([N, C, *spatial]) or -1 ([N, *spatial, C]), got {channel_dim!r}")
-    expected = "[N, C, *spatial]" if channel_dim == 1 else "[N, *spatial, C]"
-    for i, level in enumerate(levels):
-        label = _name(name, i, len(levels))
-        if not 3 <= level.dim() <= 5:
-            raise ValueError(f"{label}: expected {expected} with one to three pixel axes, got {_shape(level)}")
-        if level.dtype not in _FLOATING:
-            raise TypeError(f"{label}: expected float32, float16, bfloat16 or float64, got {level.dtype}")
-        if level.shape[channel_dim] == 0:
-            raise ValueError(f"{label}: expected at least one channel, got {_shape(level)}")
-        if level.device != levels[0].device:
-            raise ValueError(f"{label}: expected device {levels[0].device} like {name}[0], got {level.device}")
-        if level.shape[0] != levels[0].shape[0]:
-            raise ValueError(f"{label}: expected batch size {levels[0].shape[0]} like {name}[0], got {_shape(level)}")
-    return levels if channel_dim == 1 else [level.movedim(-1, 1) for level in levels]
-
-
-def _match_count(x: Sequence[object], name: str, like: Sequence[object], like_name: str) -> None:
-    if len(x) != len(like):
-        raise ValueError(f"{name}: expected {len(like)} level(s) like {like_name}, got {len(x)}")
-
-
-def _match_features(student: list[Tensor], teacher: list[Tensor]) -> None:
-    _match_count(student, "student", teacher, "teacher")
-    for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
-        label, other = _name("student", i, len(teacher)), _name("teacher", i, len(teacher))
-        if s.shape != t.shape:
-            hint = ""
-            if s.dim() == t.dim() and s.shape[1] != t.shape[1]:
-                hint = f"; align the student with a 1x1 convolution from {s.shape[1]} to {t.shape[1]} channels first"
-            raise ValueError(f"{label}: expected {_shape(t)} like {other}, got {_shape(s)}{hint}")
-        if s.device != t.device:
-            raise ValueError(f"{label}: expected device {t.device} like {other}, got {s.device}")
-
-
-def _match_tokens(tokens: list[Tensor], teacher: list[Tensor]) -> None:
-    _match_count(tokens, "tokens", teacher, "teacher")
-    for i, (e, t) in enumerate(zip(tokens, teacher, strict=True)):
-        label = _name("tokens", i, len(teacher))
-        if e.dtype not in _FLOATING:
-            raise TypeError(f"{label}: expected a floating dtype, got {e.dtype}")
-        if e.dim() != 2 or e.shape[1] != t.shape[1]:
-            raise ValueError(f"{label}: expected [K, {t.shape[1]}] for a teacher of {_shape(t)}, got {_shape(e)}")
-        if e.shape[0] < 1:
-            raise ValueError(f"{label}: expected at least one token, got {_shape(e)}")
-        if e.shape[0] != tokens[0].shape[0]:
-            raise ValueError(f"{label}: expected {tokens[0].shape[0]} tokens like tokens[0], got {_shape(e)}")
-        if e.device != t.device:
-            raise ValueError(f"{label}: expected device {t.device} like the features, got {e.device}")
-
-
-def _match_weighting(weighting: Sequence[MaskWeighting], teacher: list[Tensor], num_tokens: int) -> None:
-    _match_count(weighting, "weighting", teacher, "teacher")
-    for i, (w, t) in enumerate(zip(weighting, teacher, strict=True)):
-        label, c = _name("weighting", i, len(teacher)), t.shape[1]
-        if t.dim() != 4:
-            raise ValueError(f"{label}: weighting masks needs images [N, C, H, W], got a teacher of {_shape(t)}")
-        for field, expected in zip(w._fields, ([c, c, 3, 3], [c], [num_tokens, c, 1, 1], [num_tokens]), strict=True):
-            got = getattr(w, field)
-            if list(got.shape) != expected:
-                raise ValueError(f"{label}.{field}: expected {expected}, got {_shape(got)}")
-            if got.device != t.device:
-                raise ValueError(f"{label}.{field}: expected device {t.device} like the features, got {got.device}")
 
 
 def _as_weighting(weighting: MaskWeighting | Sequence[MaskWeighting] | None) -> list[MaskWeighting]:
@@ -238,12 +156,12 @@ def receptive_masks(
         >>> maskd_kernels.receptive_masks(torch.randn(2, 16, 8, 8), torch.randn(6, 16)).shape
         torch.Size([2, 6, 8, 8])
     """
-    t = _features(teacher, "teacher", channel_dim)
-    e = _levels(tokens, "tokens")
-    _match_tokens(e, t)
-    s = [] if student is None else _features(student, "student", channel_dim)
+    t = as_features(teacher, "teacher", channel_dim)
+    e = as_levels(tokens, "tokens")
+    match_tokens(e, t)
+    s = [] if student is None else as_features(student, "student", channel_dim)
     if s:
-        _match_features(s, t)
+        match_features(s, t)
     stats = _stats(t, e, s, customize=len(s) > 0)
     split = stats.masks.split([math.prod(x.shape[2:]) for x in t], -1)
     masks = [m.reshape(*m.shape[:2], *x.shape[2:]) for m, x in zip(split, t, strict=True)]
@@ -291,12 +209,15 @@ def maskd_loss(
         >>> loss = maskd_kernels.maskd_loss(student, torch.randn(2, 16, 8, 8), torch.randn(6, 16))
         >>> loss.backward()
     """
-    t, s = _features(teacher, "teacher", channel_dim), _features(student, "student", channel_dim)
-    e, w = _levels(tokens, "tokens"), _as_weighting(weighting)
-    _match_features(s, t)
-    _match_tokens(e, t)
+    t, s = (
+        as_features(teacher, "teacher", channel_dim),
+        as_features(student, "student", channel_dim),
+    )
+    e, w = as_levels(tokens, "tokens"), _as_weighting(weighting)
+    match_features(s, t)
+    match_tokens(e, t)
     if w:
-        _match_weighting(w, t, e[0].shape[0])
+        match_weighting(w, t, e[0].shape[0])
     with _full_precision(t[0]):
         stats = _stats(t, e, s, customize, sums=len(w) > 0)
         weights = _mask_weights(stats.sums, t, w) if w else None
@@ -337,25 +258,30 @@ def masked_mse(
         >>> inside[:, :, 2:6, 2:6] = True
         >>> loss = maskd_kernels.masked_mse(student, teacher, inside)
     """
-    t, s = _features(teacher, "teacher", channel_dim), _features(student, "student", channel_dim)
-    _match_features(s, t)
-    m = _levels(masks, "masks")
-    _match_count(m, "masks", t, "teacher")
+    t, s = (
+        as_features(teacher, "teacher", channel_dim),
+        as_features(student, "student", channel_dim),
+    )
+    match_features(s, t)
+    m = as_levels(masks, "masks")
+    match_count(m, "masks", t, "teacher")
     k = m[0].shape[1] if m[0].dim() > 1 else 0
     for i, (mask, x) in enumerate(zip(m, t, strict=True)):
-        label = _name("masks", i, len(t))
-        if mask.dtype != torch.bool and mask.dtype not in _FLOATING:
+        label = level_name("masks", i, len(t))
+        if mask.dtype != torch.bool and mask.dtype not in FLOATING:
             raise TypeError(f"{label}: expected a floating dtype or bool, got {mask.dtype}")
         if k < 1 or list(mask.shape) != [x.shape[0], k, *x.shape[2:]]:
-            raise ValueError(f"{label}: expected [{x.shape[0]}, K, {str(list(x.shape[2:]))[1:]}, got {_shape(mask)}")
+            raise ValueError(f"{label}: expected [{x.shape[0]}, K, {str(list(x.shape[2:]))[1:]}, got {shape_of(mask)}")
         if mask.device != x.device:
             raise ValueError(f"{label}: expected device {x.device} like the features, got {mask.device}")
-    w = None if weights is None else _levels(weights, "weights")
+    w = None if weights is None else as_levels(weights, "weights")
     for i, weight in enumerate(w or []):
         if list(weight.shape) != [t[0].shape[0], k]:
-            raise ValueError(f"{_name('weights', i, len(t))}: expected {[t[0].shape[0], k]}, got {_shape(weight)}")
+            raise ValueError(
+                f"{level_name('weights', i, len(t))}: expected {[t[0].shape[0], k]}, got {shape_of(weight)}"
+            )
     if w is not None:
-        _match_count(w, "weights", t, "teacher")
+        match_count(w, "weights", t, "teacher")
     with _full_precision(t[0]):
         distance = _stats(t, [], s).distance.split([math.prod(x.shape[2:]) for x in t], -1)  # L x [N, P]
         flat = [mask.flatten(2).to(distance[0].dtype) for mask in m]  # L x [N, K, P]
@@ -386,7 +312,7 @@ def dice_diversity(masks: Levels) -> Tensor:
         >>> maskd_kernels.dice_diversity(torch.eye(4).reshape(1, 4, 2, 2))
         tensor(0.)
     """
-    levels = _features(masks, "masks", 1)
+    levels = as_features(masks, "masks", 1)
     with _full_precision(levels[0]):
         flat = [m.flatten(2).to(compute_dtype(m.dtype)) for m in levels]
         return torch.stack([_dice(m @ m.mT) for m in flat]).sum()
@@ -421,11 +347,11 @@ def masked_features(
         >>> import torch, maskd_kernels
         >>> seen, dice = maskd_kernels.masked_features(torch.randn(2, 16, 8, 8), torch.randn(6, 16))
     """
-    t, e = _features(x, "x", channel_dim), _levels(tokens, "tokens")
+    t, e = as_features(x, "x", channel_dim), as_levels(tokens, "tokens")
     w = _as_weighting(weighting)
-    _match_tokens(e, t)
+    match_tokens(e, t)
     if w:
-        _match_weighting(w, t, e[0].shape[0])
+        match_weighting(w, t, e[0].shape[0])
     with _full_precision(x):
         stats = _stats(t, e, [], sums=len(w) > 0)
         if w:
@@ -433,8 +359,8 @@ def masked_features(
             scale = (weights[:, None] @ stats.masks).squeeze(1)  # [N, P]
         else:
             scale = stats.masks.sum(1)
-        scale = scale.reshape(x.shape[0], *t[0].shape[2:]).unsqueeze(channel_dim)
-        return x * scale.to(x.dtype), _dice(stats.gram)[0]
+        (seen,) = scale_op.scale_pixels(t, [scale])
+        return seen if channel_dim == 1 else seen.movedim(1, -1), _dice(stats.gram)[0]
 
 
 def mask_weights(teacher: Tensor, weighting: MaskWeighting) -> Tensor:
@@ -451,7 +377,123 @@ def mask_weights(teacher: Tensor, weighting: MaskWeighting) -> Tensor:
         ValueError: shapes or devices that do not match.
         TypeError: integer features or something that is no tensor.
     """
-    t = _features(teacher, "teacher", 1)
-    _match_weighting([weighting], t, weighting.projection_weight.shape[0])
+    t = as_features(teacher, "teacher", 1)
+    match_weighting([weighting], t, weighting.projection_weight.shape[0])
     with _full_precision(teacher):
         return _mask_weights(_stats(t, [], [], sums=True).sums, t, [weighting])[0]
+
+
+def scale_pixels(x: Levels, scale: Levels, *, channel_dim: int = 1) -> Tensor | list[Tensor]:
+    """A feature map times one number per pixel; the backward gives both gradients in one pass.
+
+    Args:
+        x: features ``[N, C, *spatial]``, or a list of levels.
+        scale: ``[N, *spatial]``, floating or bool (1 keeps, 0 drops), or one such tensor per level.
+        channel_dim: 1, or -1 for ``[N, *spatial, C]``.
+
+    Returns:
+        Shaped and typed like ``x``; a list where a list was given. Differentiable in both.
+
+    Raises:
+        ValueError: shapes, level counts or devices that do not match.
+        TypeError: integer features or scales, or something that is no tensor.
+
+    Example:
+        >>> import torch, maskd_kernels
+        >>> maskd_kernels.scale_pixels(torch.ones(1, 3, 2, 2), torch.tensor([[[0.0, 1.0], [2.0, 3.0]]]))[0, 0]
+        tensor([[0., 1.],
+                [2., 3.]])
+    """
+    levels = as_features(x, "x", channel_dim)
+    factors = match_scale(scale, "scale", levels, "spatial", "x")
+    scaled = scale_op.scale_pixels(levels, _computed(factors, levels))
+    scaled = scaled if channel_dim == 1 else [level.movedim(1, -1) for level in scaled]
+    return scaled[0] if isinstance(x, Tensor) else scaled
+
+
+def scale_channels(x: Levels, scale: Levels, *, channel_dim: int = 1) -> Tensor | list[Tensor]:
+    """A feature map times one number per channel: ``scale_pixels`` with the two axes exchanged.
+
+    Args:
+        x: features ``[N, C, *spatial]``, or a list of levels.
+        scale: ``[N, C]``, floating or bool, or one such tensor per level.
+        channel_dim: 1, or -1 for ``[N, *spatial, C]``.
+
+    Returns:
+        Shaped and typed like ``x``; a list where a list was given. Differentiable in both.
+
+    Raises:
+        ValueError: shapes, level counts or devices that do not match.
+        TypeError: integer features or scales, or something that is no tensor.
+    """
+    levels = as_features(x, "x", channel_dim)
+    factors = match_scale(scale, "scale", levels, "channels", "x")
+    exchanged = scale_op.scale_pixels([level.flatten(2).mT for level in levels], _computed(factors, levels))
+    scaled = [y.mT.reshape(level.shape) for y, level in zip(exchanged, levels, strict=True)]
+    scaled = scaled if channel_dim == 1 else [level.movedim(1, -1) for level in scaled]
+    return scaled[0] if isinstance(x, Tensor) else scaled
+
+
+def _computed(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """Small factors as the operators take them: contiguous, in the features' compute dtype."""
+    return [x.to(compute_dtype(y.dtype)).contiguous() for x, y in zip(tensors, like, strict=True)]
+
+
+def squared_error(pred: Levels, target: Levels, *, channel_scale: Levels | None = None, channel_dim: int = 1) -> Tensor:
+    """``sum_{c,p} (channel_scale * pred - target)^2`` per image, accumulated in float32 whatever the features are.
+
+    Args:
+        pred: features ``[N, C, *spatial]``, or a list of levels.
+        target: features of the same shapes; their floating dtype may differ.
+        channel_scale: ``[N, C]``, or one such tensor per level; None: 1.
+        channel_dim: 1, or -1 for ``[N, *spatial, C]``.
+
+    Returns:
+        ``[N]`` float32 (float64 for float64 features), or ``[levels, N]`` where a list was given. Differentiable in
+        all inputs.
+
+    Raises:
+        ValueError: shapes, level counts or devices that do not match.
+        TypeError: integer features or scales, or something that is no tensor.
+
+    Example:
+        >>> import torch, maskd_kernels
+        >>> maskd_kernels.squared_error(torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4))
+        tensor([48., 48.])
+    """
+    p, t = as_features(pred, "pred", channel_dim), as_features(target, "target", channel_dim)
+    match_features(p, t, "pred", "target")
+    if any(x.dtype == torch.float64 for x in (*p, *t)):
+        p, t = [x.double() for x in p], [x.double() for x in t]
+    scale: list[Tensor] = []
+    if channel_scale is not None:
+        scale = _computed(match_scale(channel_scale, "channel_scale", p, "channels", "pred"), p)
+    error = error_op.squared_error(p, t, scale)
+    return error[0] if isinstance(pred, Tensor) else error
+
+
+def attention_stats(x: Levels, *, channel_dim: int = 1) -> tuple[Tensor, Tensor] | tuple[list[Tensor], list[Tensor]]:
+    """Where a feature map is strong, and the means of its channels, in one read.
+
+    Args:
+        x: features ``[N, C, *spatial]``, or a list of levels.
+        channel_dim: 1, or -1 for ``[N, *spatial, C]``.
+
+    Returns:
+        ``mean_c |x|`` ``[N, *spatial]`` and ``mean_p x`` ``[N, C]``, float32 (float64 for float64 features); two lists
+        where a list was given. Differentiable.
+
+    Raises:
+        ValueError: features that are not ``[N, C, *spatial]``; devices or batch sizes that do not match.
+        TypeError: integer features or something that is no tensor.
+
+    Example:
+        >>> import torch, maskd_kernels
+        >>> attention, mean = maskd_kernels.attention_stats(-torch.ones(1, 3, 2, 2))
+        >>> attention.unique(), mean
+        (tensor([1.]), tensor([[-1., -1., -1.]]))
+    """
+    levels = as_features(x, "x", channel_dim)
+    flat, mean = attention_op.attention_stats(levels)
+    attention = [a.reshape(level.shape[0], *level.shape[2:]) for a, level in zip(flat, levels, strict=True)]
+    return (attention[0], mean[0]) if isinstance(x, Tensor) else (attention, mean)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import deterministic
 
 
 class NativeUnavailableError(RuntimeError):
@@ -68,8 +69,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if count * dtype.itemsize < _POOLED_BYTES:
         return torch.empty(shape, dtype=dtype)
     tensor = torch.frombuffer(module().Block(count * dtype.itemsize), dtype=dtype).view(shape)
-    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
-        tensor.fill_(math.nan)
+    if torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
+        tensor.fill_(math.nan)  # as torch.empty does
     return tensor
 
 

@@ -223,7 +223,7 @@ def scale_pixels_backward(
 
 
 def squared_error(pred: Sequence[Tensor], target: Sequence[Tensor], scale: Sequence[Tensor] = ()) -> Tensor:
-    """``[L, N]``: ``sum_{c,p} (scale pred - target)^2``; maps ``[N, C, *spatial]``, scale ``[N, C]`` per level or none."""
+    """``[L, N]``: ``sum_{c,p} (scale pred - target)^2``, with one scale ``[N, C]`` per level or none."""
     dtype = compute_dtype(pred[0].dtype)
     result = []
     for level, (raw, t) in enumerate(zip(pred, target, strict=True)):
@@ -241,7 +241,7 @@ def squared_error_backward(
     grad: Tensor,  # [L, N]
     needs: Sequence[bool],  # pred, target, scale
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """With ``e = scale pred - target``: ``d pred = 2 g scale e``, ``d target = -2 g e``, ``d scale = 2 g sum_p pred e``."""
+    """With ``e = 2 g (scale pred - target)``: ``d pred = scale e``, ``d target = -e``, ``d scale = sum_p pred e``."""
     grad_pred, grad_target, grad_scale = [], [], []
     for level, (raw, target_raw) in enumerate(zip(pred, target, strict=True)):
         p, t = raw.flatten(2).to(grad.dtype), target_raw.flatten(2).to(grad.dtype)

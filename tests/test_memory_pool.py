@@ -60,5 +60,5 @@ def test_kept_memory_is_bounded():
 def test_small_tensors_are_torchs():
     before = state()
     small = native.empty((2, 3), torch.float64)
-    assert small.shape == (2, 3) and small.dtype == torch.float64
+    assert (small.shape, small.dtype) == ((2, 3), torch.float64)
     assert state() == before

@@ -82,9 +82,10 @@ def check(backend, name, inputs, upstream="random"):
     def off(a, b):
         return 0.0 if not b.numel() else (a.double() - b).abs().max().item() / max(b.abs().max().item(), 1e-30)
 
-    for i, (a, plain, b) in enumerate(zip((*got, *gradients), (*eager, *eager_gradients), (*exact, *exact_gradients))):
+    results = (*got, *gradients), (*eager, *eager_gradients), (*exact, *exact_gradients)
+    for i, (a, plain, b) in enumerate(zip(*results, strict=True)):
         kind = f"output {i}" if i < len(got) else f"gradient {i - len(got)}"
-        assert a.dtype == plain.dtype and a.shape == plain.shape, kind
+        assert (a.dtype, a.shape) == (plain.dtype, plain.shape), kind
         # Triton's interpreter cuts bfloat16 off where hardware rounds to nearest: twice the rounding error.
         least = {torch.float64: 1e-10, torch.float32: 2e-6}.get(a.dtype, torch.finfo(a.dtype).eps)
         assert_close(a, b, min(max(2 * off(plain, b), least), CAP[a.dtype]), f"{name} {kind}")

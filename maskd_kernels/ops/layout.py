@@ -60,3 +60,8 @@ def copy_all(destinations: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
     """Results of the reference into memory laid out as the operator promises."""
     for destination, source in zip(destinations, sources, strict=True):
         destination.copy_(source)
+
+
+def describe_result(results: Sequence[Tensor], level: int) -> tuple[int, int, int, int, int]:
+    """A level's result as the extension takes it; absent where results are not wanted."""
+    return native.describe(dense_view(results[level]).view) if results else native.ABSENT

@@ -200,6 +200,7 @@ register_gradient("receptive_stats", _setup_context, _autograd)
 
 # ---- The native kernels ------------------------------------------------------------------------
 
+
 def _native_levels(
     teacher: Sequence[Tensor],
     tokens: Sequence[Tensor],
@@ -222,8 +223,12 @@ def _native_levels(
             native.module().ReceptiveLevel(
                 teacher=native.describe(t),
                 student=native.ABSENT if s is None else native.describe(s),
-                grad_teacher=native.describe(layout.dense_view(grad_teacher[i]).view) if grad_teacher else native.ABSENT,
-                grad_student=native.describe(layout.dense_view(grad_student[i]).view) if grad_student else native.ABSENT,
+                grad_teacher=native.describe(layout.dense_view(grad_teacher[i]).view)
+                if grad_teacher
+                else native.ABSENT,
+                grad_student=native.describe(layout.dense_view(grad_student[i]).view)
+                if grad_student
+                else native.ABSENT,
                 tokens=native.address(token),
                 grad_tokens=native.address(grad_tokens[i]) if grad_tokens else 0,
                 channels=channels,

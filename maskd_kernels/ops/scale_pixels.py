@@ -90,7 +90,7 @@ def _backward(x: list[Tensor], scale: list[Tensor], grad: list[Tensor], needs: l
                 shape=native.map_shape(*a),
                 x=native.describe(a.view),
                 grad_y=native.describe(g),
-                grad_x=native.describe(layout.dense_view(grad_x[i]).view) if grad_x else native.ABSENT,
+                grad_x=layout.describe_result(grad_x, i),
                 scale=native.address(factor),
                 grad_scale=native.address(grad_scale[i]) if grad_scale else 0,
                 float64=level.dtype == torch.float64,

@@ -24,9 +24,7 @@ def feature_offsets(n, c, p, stride_n, stride, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows", "row_size", "width", "begin", "out_n", "out_set"])
-def reduce_kernel(
-    partials, out, rows, row_size, begin, width, out_n, out_set, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def reduce_kernel(partials, out, rows, row_size, begin, width, out_n, out_set, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """out[n, set, :width] = sum of n's ``rows`` partial rows, columns ``begin + set * width`` on, in a fixed order."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n = tl.program_id(1).to(tl.int64)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import DEVICE
 
-from maskd_kernels import MasKDLoss, MasKDSegLoss, MaskModule, use_backend
+from maskd_kernels import MasKDLoss, MasKDSegLoss, MaskModule, MGDLoss, use_backend
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -76,6 +76,22 @@ def mask_module(name, dtype):
     return gradients(module, results)
 
 
+def generative(name, dtype):
+    golden = load(f"mgd_{name}", dtype)
+    student, teacher = golden["student"].requires_grad_(), golden["teacher"].requires_grad_()
+    loss_fn = MGDLoss(
+        student.shape[1],
+        teacher.shape[1],
+        alpha_mgd=float(golden["alpha"]),
+        lambda_mgd=float(golden["lambda"]),
+        mask_on_channel=name == "cls_channel_mask",
+    ).to(DEVICE, dtype)
+    loss_fn.load_state_dict(parameters(golden), strict=True)
+    loss = loss_fn(student, teacher, keep=golden["keep_mask"])
+    loss.backward()
+    return gradients(loss_fn, {"loss": loss, "grad_student": student.grad, "grad_teacher": teacher.grad})
+
+
 def errors(results, golden):
     """Largest difference of each result, relative to the largest value of what it should be."""
     found = {}
@@ -92,6 +108,7 @@ CASES = [
     *((detection, "maskd_det", n) for n in ("official_init", "unweighted", "weighted", "weighted_customized")),
     *((segmentation, "maskd_seg", n) for n in ("learned_tokens", "random_tokens")),
     *((mask_module, "mask_module", n) for n in ("1x1", "unweighted", "weighted")),
+    *((generative, "mgd", n) for n in ("det_aligned", "det_same_channels", "seg_aligned", "cls_channel_mask")),
 ]
 
 
@@ -113,6 +130,16 @@ def test_golden(compute, kind, name, backend):
     assert gradients_checked <= found.keys()
     wrong = {k: (v, allowed[k]) for k, v in found.items() if not v <= allowed[k]}
     assert not wrong, f"relative error, allowed: {wrong}"
+
+
+@pytest.mark.parametrize("name", ["det_aligned", "seg_aligned", "cls_channel_mask"])
+def test_mask_inequalities(name, monkeypatch):
+    """From the authors' random numbers, their mask."""
+    golden = load(f"mgd_{name}", torch.float64)
+    loss_fn = MGDLoss(6, golden["teacher"].shape[1], lambda_mgd=golden["lambda"].item(), mask_on_channel="cls" in name)
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: golden["uniform"].reshape(size))
+    (keep,) = loss_fn._draw([golden["teacher"]], None)
+    assert torch.equal(keep.to(golden["keep_mask"]), golden["keep_mask"])
 
 
 def test_released_tokens_load():

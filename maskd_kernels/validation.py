@@ -1,0 +1,134 @@
+"""What every public function checks of its arguments: errors name the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from maskd_kernels.functional import MaskWeighting
+
+Levels = Tensor | Sequence[Tensor]
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def shape_of(x: Tensor) -> str:
+    """A shape, for messages."""
+    return str(list(x.shape))
+
+
+def as_levels(x: Levels, name: str) -> list[Tensor]:
+    """A tensor or a sequence of tensors as a list."""
+    found = [x] if isinstance(x, Tensor) else list(x) if isinstance(x, (list, tuple)) else None
+    if found is None or not all(isinstance(level, Tensor) for level in found):
+        raise TypeError(f"{name}: expected a tensor or a list of tensors, got {kind_of(x)}")
+    if not found:
+        raise ValueError(f"{name}: expected at least one level, got an empty list")
+    return found
+
+
+def kind_of(x: object) -> str:
+    """What something is that is no tensor, for messages."""
+    if isinstance(x, (list, tuple)):
+        return f"a {type(x).__name__} of {', '.join(sorted({type(item).__name__ for item in x}))}"
+    return type(x).__name__
+
+
+def level_name(name: str, level: int, count: int) -> str:
+    """An argument's name, with the level where there are several."""
+    return name if count == 1 else f"{name}[{level}]"
+
+
+def as_features(x: Levels, name: str, channel_dim: int) -> list[Tensor]:
+    """The levels as ``[N, C, *spatial]`` views."""
+    levels = as_levels(x, name)
+    if channel_dim not in (1, -1):
+        raise ValueError(f"channel_dim: expected 1 ([N, C, *spatial]) or -1 ([N, *spatial, C]), got {channel_dim!r}")
+    expected = "[N, C, *spatial]" if channel_dim == 1 else "[N, *spatial, C]"
+    for i, level in enumerate(levels):
+        label = level_name(name, i, len(levels))
+        if not 3 <= level.dim() <= 5:
+            raise ValueError(f"{label}: expected {expected} with one to three pixel axes, got {shape_of(level)}")
+        if level.dtype not in FLOATING:
+            raise TypeError(f"{label}: expected float32, float16, bfloat16 or float64, got {level.dtype}")
+        if level.shape[channel_dim] == 0:
+            raise ValueError(f"{label}: expected at least one channel, got {shape_of(level)}")
+        if level.device != levels[0].device:
+            raise ValueError(f"{label}: expected device {levels[0].device} like {name}[0], got {level.device}")
+        if level.shape[0] != levels[0].shape[0]:
+            raise ValueError(f"{label}: expected batch size {levels[0].shape[0]} like {name}[0], got {shape_of(level)}")
+    return levels if channel_dim == 1 else [level.movedim(-1, 1) for level in levels]
+
+
+def match_count(x: Sequence[object], name: str, like: Sequence[object], like_name: str) -> None:
+    """As many levels as another argument has."""
+    if len(x) != len(like):
+        raise ValueError(f"{name}: expected {len(like)} level(s) like {like_name}, got {len(x)}")
+
+
+def match_features(
+    student: list[Tensor], teacher: list[Tensor], student_name: str = "student", teacher_name: str = "teacher"
+) -> None:
+    """Student features shaped like the teacher\'s."""
+    match_count(student, student_name, teacher, teacher_name)
+    for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        label = level_name(student_name, i, len(teacher))
+        other = level_name(teacher_name, i, len(teacher))
+        if s.shape != t.shape:
+            hint = ""
+            if s.dim() == t.dim() and s.shape[1] != t.shape[1]:
+                hint = f"; align the student with a 1x1 convolution from {s.shape[1]} to {t.shape[1]} channels first"
+            raise ValueError(f"{label}: expected {shape_of(t)} like {other}, got {shape_of(s)}{hint}")
+        if s.device != t.device:
+            raise ValueError(f"{label}: expected device {t.device} like {other}, got {s.device}")
+
+
+def match_tokens(tokens: list[Tensor], teacher: list[Tensor]) -> None:
+    """One ``[K, C]`` per level."""
+    match_count(tokens, "tokens", teacher, "teacher")
+    for i, (e, t) in enumerate(zip(tokens, teacher, strict=True)):
+        label = level_name("tokens", i, len(teacher))
+        if e.dtype not in FLOATING:
+            raise TypeError(f"{label}: expected a floating dtype, got {e.dtype}")
+        if e.dim() != 2 or e.shape[1] != t.shape[1]:
+            raise ValueError(f"{label}: expected [K, {t.shape[1]}] for a teacher of {shape_of(t)}, got {shape_of(e)}")
+        if e.shape[0] < 1:
+            raise ValueError(f"{label}: expected at least one token, got {shape_of(e)}")
+        if e.shape[0] != tokens[0].shape[0]:
+            raise ValueError(f"{label}: expected {tokens[0].shape[0]} tokens like tokens[0], got {shape_of(e)}")
+        if e.device != t.device:
+            raise ValueError(f"{label}: expected device {t.device} like the features, got {e.device}")
+
+
+def match_weighting(weighting: Sequence[MaskWeighting], teacher: list[Tensor], num_tokens: int) -> None:
+    """Parameters that fit the channels and tokens of each level."""
+    match_count(weighting, "weighting", teacher, "teacher")
+    for i, (w, t) in enumerate(zip(weighting, teacher, strict=True)):
+        label, c = level_name("weighting", i, len(teacher)), t.shape[1]
+        if t.dim() != 4:
+            raise ValueError(f"{label}: weighting masks needs images [N, C, H, W], got a teacher of {shape_of(t)}")
+        for field, expected in zip(w._fields, ([c, c, 3, 3], [c], [num_tokens, c, 1, 1], [num_tokens]), strict=True):
+            got = getattr(w, field)
+            if list(got.shape) != expected:
+                raise ValueError(f"{label}.{field}: expected {expected}, got {shape_of(got)}")
+            if got.device != t.device:
+                raise ValueError(f"{label}.{field}: expected device {t.device} like the features, got {got.device}")
+
+
+def match_scale(scale: Levels, name: str, x: list[Tensor], axis: str, like: str) -> list[Tensor]:
+    """One number per pixel (``axis`` spatial) or per channel (``axis`` channels) of each level, flattened."""
+    found = as_levels(scale, name)
+    match_count(found, name, x, like)
+    for i, (s, level) in enumerate(zip(found, x, strict=True)):
+        label = level_name(name, i, len(x))
+        expected = [level.shape[0], *level.shape[2:]] if axis == "spatial" else list(level.shape[:2])
+        if s.dtype != torch.bool and s.dtype not in FLOATING:
+            raise TypeError(f"{label}: expected a floating dtype or bool, got {s.dtype}")
+        if list(s.shape) != expected:
+            raise ValueError(f"{label}: expected {expected} for features of {shape_of(level)}, got {shape_of(s)}")
+        if s.device != level.device:
+            raise ValueError(f"{label}: expected device {level.device} like the features, got {s.device}")
+    return [s.flatten(1) for s in found]
