@@ -39,9 +39,9 @@ def test_demo_runs_and_resumes(tmp_path):
     result = run("demo", "--quick", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
     results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results["test_miou"]) == {"teacher", "student alone", "MasKD"}
+    assert set(results["test_miou"]) == {"teacher", "student alone", "feature MSE", "MasKD", "MGD", "AMD"}
     assert all(0 <= v <= 100 for values in results["test_miou"].values() for v in values)
-    for name in ("masks_0.png", "predictions.png", "curves.png"):
+    for name in ("masks_0.png", "mask_kinds.png", "predictions.png", "curves.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     stages = sorted(p.name for p in (tmp_path / "stages").iterdir())
     times = [p.stat().st_mtime_ns for p in sorted((tmp_path / "stages").iterdir())]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from maskd_kernels.losses.generation import Channels, GenerativeLoss
 from maskd_kernels.validation import FLOATING, Levels, as_levels, level_name, match_count, shape_of
 
 # The released configurations (yzd-v/MGD at 2c9da0b), as keyword arguments of MGDLoss.
-MGD_PRESETS = MappingProxyType(
+MGD_PRESETS: Mapping[str, dict[str, Any]] = MappingProxyType(
     {
         # RetinaNet, RepPoints, SOLO
         "detection_one_stage": {"alpha_mgd": 2e-5, "lambda_mgd": 0.65, "mask_on_channel": False},

@@ -1,0 +1,56 @@
+"""Teacher and student: torchvision backbones under a feature pyramid of the same shape."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maskd_kernels.demo.scenes import CLASSES
+
+CHANNELS = 64  # of every pyramid level
+
+
+class PyramidSegmenter(nn.Module):
+    """A torchvision backbone, torchvision's feature pyramid, and a convolutional head on its finest level.
+
+    Teacher and student share the shapes of pyramid features and head, so that a student can start from the teacher's
+    head (the papers' inheriting strategy).
+    """
+
+    def __init__(self, backbone: nn.Module, channels: list[int]) -> None:
+        super().__init__()
+        from torchvision.ops import FeaturePyramidNetwork
+
+        self.backbone = backbone
+        self.fpn = FeaturePyramidNetwork(channels, CHANNELS)
+        self.head = nn.Sequential(
+            nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(CHANNELS, CLASSES, 1)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[N, 11, H, W]`` of images ``[N, 3, H, W]``."""
+        levels = self.fpn(self.backbone(images))
+        logits = self.head(levels["0"])
+        return F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False)
+
+
+def build_teacher() -> PyramidSegmenter:
+    """ResNet-18, pyramid levels at strides 4, 8 and 16."""
+    from torchvision.models import resnet18
+    from torchvision.models._utils import IntermediateLayerGetter
+
+    backbone = IntermediateLayerGetter(resnet18(weights=None), {"layer1": "0", "layer2": "1", "layer3": "2"})
+    return PyramidSegmenter(backbone, [64, 128, 256])
+
+
+def build_student() -> PyramidSegmenter:
+    """MobileNetV2 at 0.35 of its width, the same strides."""
+    from torchvision.models import mobilenet_v2
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    nodes = {"features.3": "0", "features.6": "1", "features.13": "2"}
+    backbone = create_feature_extractor(mobilenet_v2(weights=None, width_mult=0.35), nodes)
+    with torch.no_grad():
+        channels = [level.shape[1] for level in backbone.eval()(torch.zeros(1, 3, 64, 64)).values()]
+    return PyramidSegmenter(backbone.train(), channels)

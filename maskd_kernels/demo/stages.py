@@ -1,0 +1,203 @@
+"""The stages of the demo, each kept under its folder once finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maskd_kernels.demo.models import CHANNELS, PyramidSegmenter, build_student, build_teacher
+from maskd_kernels.demo.scenes import compose_scenes, digit_splits
+from maskd_kernels.demo.training import Data, fit, mean_iou
+from maskd_kernels.distill import Distiller, Tap, TokenTrainer
+from maskd_kernels.losses import MGD_PRESETS, AMDLoss, MasKDLoss, MGDLoss
+
+METHODS = {"mse": "feature MSE", "maskd": "MasKD", "mgd": "MGD", "amd": "AMD"}  # the first is the control
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that decides the result; part of every cached stage's name."""
+
+    size: int = 64  # pixels
+    train_scenes: int = 4000
+    validation_scenes: int = 400
+    test_scenes: int = 800
+    batch: int = 16
+    teacher_steps: int = 1200
+    token_steps: int = 150
+    student_steps: int = 350
+    trial_steps: int = 120  # of the students that choose a loss weight
+    teacher_learning_rate: float = 3e-3
+    student_learning_rate: float = 1e-2
+    token_learning_rate: float = 1e-2
+    num_tokens: int = 6
+    loss_weights: tuple[float, ...] = (0.5, 2.0, 8.0)
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+QUICK = Settings(
+    train_scenes=96,
+    validation_scenes=48,
+    test_scenes=48,
+    teacher_steps=20,
+    token_steps=5,
+    student_steps=8,
+    trial_steps=4,
+    loss_weights=(1.0,),
+    seeds=(0, 1),
+)  # proves that everything runs; its figures mean nothing
+
+
+class FeatureMSE(nn.Module):
+    """The control: the mean squared error of the features, summed over the levels, without any mask."""
+
+    def forward(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+        """The loss of pyramid levels ``[N, C, H, W]``."""
+        return torch.stack([F.mse_loss(s, t) for s, t in zip(student, teacher, strict=True)]).sum()
+
+
+class Demo:
+    """Data on the device, and the stages: teacher, tokens, students."""
+
+    def __init__(self, out: Path, settings: Settings, device: torch.device) -> None:
+        self.out, self.settings, self.device = out, settings, device
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.source = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+        splits = digit_splits()
+        counts = {
+            "train": settings.train_scenes,
+            "validation": settings.validation_scenes,
+            "test": settings.test_scenes,
+        }
+        self.data = {}
+        for seed, (name, count) in enumerate(counts.items()):
+            scenes, labels = compose_scenes(splits[name], count, settings.size, seed)
+            scenes = scenes.to(device).to(memory_format=torch.channels_last)
+            self.data[name] = Data(scenes, labels.to(device))
+
+    def stage(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of a stage, from its file where it has been computed by this code under these settings."""
+        key = self.source + repr(dataclasses.astuple(self.settings)).encode()
+        path = self.out / "stages" / f"{name}-{hashlib.sha256(key).hexdigest()[:12]}.pt"
+        if path.exists():
+            return torch.load(path, map_location=self.device, weights_only=True)
+        start = time.perf_counter()
+        result = compute()
+        result["seconds"] = time.perf_counter() - start
+        path.parent.mkdir(exist_ok=True)
+        torch.save(result, path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)
+        return result
+
+    def ready(self, model: nn.Module) -> nn.Module:
+        """The model on the device, channels-last."""
+        return model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def teacher(self) -> PyramidSegmenter:
+        """The trained teacher."""
+
+        def compute() -> dict[str, Any]:
+            torch.manual_seed(0)
+            model = self.ready(build_teacher())
+
+            def step(scenes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+                model.train()
+                return F.cross_entropy(model(scenes), labels), torch.zeros((), device=self.device)
+
+            s, parameters = self.settings, list(model.parameters())
+            fit(step, parameters, self.data["train"], s.batch, s.teacher_steps, 0, "teacher", s.teacher_learning_rate)
+            return {"model": model.state_dict(), "validation": mean_iou(model, self.data["validation"])}
+
+        model = self.ready(build_teacher())
+        model.load_state_dict(self.stage("teacher", compute)["model"])
+        assert isinstance(model, PyramidSegmenter)
+        return model.eval()
+
+    def tokens(self, teacher: PyramidSegmenter) -> Path:
+        """The file of the receptive tokens learned on the teacher's pyramid."""
+        path = self.out / "tokens.pth"
+
+        def trainer() -> TokenTrainer:
+            return TokenTrainer(teacher, "fpn", [CHANNELS] * 3, num_tokens=self.settings.num_tokens).to(self.device)
+
+        def compute() -> dict[str, Any]:
+            torch.manual_seed(0)
+            with trainer() as tokens:
+
+                def step(scenes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+                    logits, dice = tokens(scenes)
+                    return F.cross_entropy(logits, labels), dice
+
+                s, data, parameters = self.settings, self.data["train"], list(tokens.parameters())
+                curve = fit(step, parameters, data, s.batch, s.token_steps, 0, "tokens", s.token_learning_rate)
+                return {"tokens": tokens.mask_modules.state_dict(), "curve": curve}
+
+        state = self.stage("tokens", compute)["tokens"]
+        with trainer() as tokens:
+            tokens.mask_modules.load_state_dict(state)
+            tokens.save(path)
+        return path
+
+    def loss(self, method: str, steps: int) -> nn.Module:
+        """A fresh distillation loss over the pyramid, for a training of this length."""
+        channels, tokens = [CHANNELS] * 3, self.settings.num_tokens
+        if method == "mse":
+            return FeatureMSE()
+        if method == "maskd":
+            return MasKDLoss(channels, tokens, custom_mask_warmup=steps // 2, pretrained=self.out / "tokens.pth")
+        return (
+            MGDLoss(channels, channels, **MGD_PRESETS["segmentation"])
+            if method == "mgd"
+            else AMDLoss(channels, channels)
+        )
+
+    def student(
+        self, teacher: PyramidSegmenter, method: str, weight: float, seed: int, trial: bool = False
+    ) -> dict[str, Any]:
+        """A student trained alone, or with a method's loss times the weight; its head starts from the teacher's."""
+        s, data = self.settings, self.data["train"]
+        steps = s.trial_steps if trial else s.student_steps
+        name = f"{'trial-' * trial}{method}-{weight:g}-{seed}"
+
+        def compute() -> dict[str, Any]:
+            torch.manual_seed(seed)
+            model = self.ready(build_student())
+            assert isinstance(model, PyramidSegmenter)
+            model.head.load_state_dict(teacher.head.state_dict())
+
+            def alone(scenes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+                model.train()
+                return F.cross_entropy(model(scenes), labels), torch.zeros((), device=self.device)
+
+            if method == "alone":
+                curve = fit(alone, list(model.parameters()), data, s.batch, steps, seed, name, s.student_learning_rate)
+            else:
+                tap = Tap("fpn", "fpn", self.loss(method, steps), name=method, weight=weight)
+                example = data.scenes[:1]
+                with Distiller(model, teacher, [tap], example_inputs=(example,)).to(self.device) as distiller:
+
+                    def distilled(scenes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+                        distiller.train()
+                        logits, losses = distiller(scenes)
+                        return F.cross_entropy(logits, labels), losses[method]
+
+                    parameters = distiller.trainable_parameters()
+                    curve = fit(distilled, parameters, data, s.batch, steps, seed, name, s.student_learning_rate)
+            validation = mean_iou(model, self.data["validation"])
+            return {"model": model.state_dict(), "curve": curve, "validation": validation}
+
+        return self.stage(name, compute)
+
+    def loaded(self, result: dict[str, Any]) -> nn.Module:
+        """The student of a stage."""
+        model = self.ready(build_student())
+        model.load_state_dict(result["model"])
+        return model.eval()
