@@ -13,68 +13,63 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from maskd_kernels.triton import receptive_stats as kernels
+from maskd_kernels.triton import attention_stats, receptive_stats, scale_pixels, squared_error
+from maskd_kernels.triton.common import STREAM_C, STREAM_P, STREAM_WARPS
 
-POINTERS = {
-    "forward": ["teacher", "student", "tokens", "customize", "masks", "teacher_masks", "distance", "partials", "sums"],
-    "backward": [
-        "teacher",
-        "student",
-        "tokens",
-        "masks",
-        "teacher_masks",
-        "distance",
-        "grad_masks",
-        "grad_distance",
-        "grad_mass",
-        "grad_error",
-        "grad_gram",
-        "grad_sums",
-        "grad_teacher",
-        "grad_student",
-        "partials",
-    ],
+FEATURES = {"teacher", "student", "x", "y", "pred", "target", "grad_teacher", "grad_student"}
+FEATURES |= {"grad_x", "grad_y", "grad_pred", "grad_target"}
+POINTERS = FEATURES | {"tokens", "masks", "teacher_masks", "distance", "partials", "sums", "scale", "attention"}
+POINTERS |= {"grad", "grad_masks", "grad_distance", "grad_mass", "grad_error", "grad_gram", "grad_sums", "grad_scale"}
+POINTERS |= {"grad_attention", "grad_mean"}
+KERNELS = {
+    "forward": receptive_stats.forward_kernel,
+    "backward": receptive_stats.backward_kernel,
+    "backward_tokens": receptive_stats.backward_kernel,
+    "scale_pixels_forward": scale_pixels.forward_kernel,
+    "scale_pixels_backward": scale_pixels.backward_kernel,
+    "squared_error_forward": squared_error.forward_kernel,
+    "squared_error_backward": squared_error.backward_kernel,
+    "attention_stats_forward": attention_stats.forward_kernel,
+    "attention_stats_backward": attention_stats.backward_kernel,
 }
-FEATURES = {"teacher", "student", "grad_teacher", "grad_student"}
+
+
+def receptive_constants(kind, interleaved, dtype):
+    """Constants and warps as the launcher of receptive_stats would have them."""
+    tokens = kind == "backward_tokens"
+    block_c, block_p, warps = receptive_stats.BLOCK_C, receptive_stats.BLOCK_P, receptive_stats.NUM_WARPS
+    if kind != "forward":
+        block_c, block_p, warps = receptive_stats.backward_tile(tokens, 4 if dtype == "fp32" else 2)
+    constants = {"K": 6, "K_PAD": 16, "BLOCK_C": block_c, "BLOCK_P": block_p, "HAS_STUDENT": True, "CUSTOMIZE": False}
+    if kind == "forward":
+        constants |= {"SUMS": True}
+    else:
+        constants |= {"HAS_ERROR": True, "WANT_STUDENT": True, "HAS_MASKS": False, "HAS_DISTANCE": False}
+        constants |= {name: tokens for name in ("HAS_MASS", "HAS_GRAM", "HAS_SUMS", "WANT_TEACHER", "WANT_TOKENS")}
+    return constants, warps
 
 
 def specialise(kind, interleaved, dtype, aligned):
     """The kernel with signature, constants, attributes and options as the launcher would have them."""
-    family = kind.split("_")[0]
-    kernel = kernels.forward_kernel if family == "forward" else kernels.backward_kernel
-    align = 8 if aligned else 1
-    tokens = kind == "backward_tokens"
-    block_c, block_p, warps = kernels.BLOCK_C, kernels.BLOCK_P, kernels.NUM_WARPS
-    if family == "backward":
-        block_c, block_p, warps = kernels.backward_tile(tokens, 4 if dtype == "fp32" else 2)
-    constants = {
-        "K": 6,
-        "K_PAD": 16,
-        "BLOCK_C": block_c,
-        "BLOCK_P": block_p,
-        "ALIGN": align,
-        "C_ALIGN": align,
-        "P_ALIGN": align,
-        "TEACHER_INTERLEAVED": interleaved,
-        "STUDENT_INTERLEAVED": interleaved,
-        "HAS_STUDENT": True,
-        "CUSTOMIZE": False,
-    }
-    if family == "forward":
-        constants |= {"SUMS": True}
+    kernel = KERNELS[kind]
+    if kernel in (receptive_stats.forward_kernel, receptive_stats.backward_kernel):
+        constants, warps = receptive_constants(kind, interleaved, dtype)
     else:
-        constants |= {"GRAD_INTERLEAVED": interleaved, "HAS_ERROR": True, "WANT_STUDENT": True}
-        constants |= {name: tokens for name in ("HAS_MASS", "HAS_GRAM", "HAS_SUMS", "WANT_TEACHER", "WANT_TOKENS")}
-        constants |= {"HAS_MASKS": False, "HAS_DISTANCE": False}
+        constants, warps = {"BLOCK_C": STREAM_C, "BLOCK_P": STREAM_P, "HAS_SCALE": True}, STREAM_WARPS
+        constants |= {"WANT_X": True, "WANT_SCALE": True, "WANT_PRED": True, "WANT_TARGET": False}
+    constants |= {name: 8 if aligned else 1 for name in ("ALIGN", "C_ALIGN", "P_ALIGN")}
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
+        if name.endswith("INTERLEAVED"):
+            constants[name] = interleaved
         if name in constants:
             signature[name] = "constexpr"
-        elif name in POINTERS[family]:
+        elif name in POINTERS or name == "customize":
             signature[name] = f"*{dtype}" if name in FEATURES else "*i1" if name == "customize" else "*fp32"
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     return ASTSource(kernel, signature, constants, attributes), {"num_warps": warps}
 
 
@@ -105,7 +100,7 @@ def inspect(kind, interleaved, dtype, aligned, architecture):
 def main():
     jobs = {}
     for architecture in (80, 90, 100):
-        for kind in ("forward", "backward", "backward_tokens"):
+        for kind in KERNELS:
             for layout in ("planar", "interleaved"):
                 for dtype in ("fp32", "fp16", "bf16"):
                     name = f"{kind} {layout} {dtype} aligned sm_{architecture}"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from maskd_kernels import Distiller, MasKDLoss, Tap
+from maskd_kernels import AMDLoss, Distiller, MasKDLoss, MGDLoss, Tap
 
 
 class Pair(NamedTuple):
@@ -323,10 +323,27 @@ def test_torchvision_detector():
     assert all(p.grad is not None for p in d.student.backbone.fpn.parameters())
 
 
+@pytest.mark.parametrize("loss", [MGDLoss([8, 8], [8, 8]), AMDLoss([8, 8], [8, 8], reduction=4)])
+def test_generative_losses(loss):
+    """They train their own blocks: these parameters are the optimizer's, and all get gradients."""
+    d = distiller(Net(8), Net(8), loss=loss)
+    output, losses = d(IMAGE)
+    (output["logits"].square().mean() + sum(losses.values())).backward()
+    trainable = {id(p) for p in d.trainable_parameters()}
+    assert all(id(p) in trainable and p.grad is not None for p in loss.parameters())
+    assert any(k.startswith("losses.") and "generation" in k for k in d.state_dict())
+
+
 def run_ddp(rank, world, path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     torch.manual_seed(0)
-    d = distiller(Net(4), Net(8), loss=MasKDLoss([8, 8], train_tokens=True, custom_mask_warmup=1))
+    fpn = {"student": "neck", "teacher": "neck"}
+    taps = [
+        Tap(**fpn, loss=MasKDLoss([8, 8], train_tokens=True, custom_mask_warmup=1), name="maskd"),
+        Tap(**fpn, loss=MGDLoss([8, 8], [8, 8]), name="mgd"),
+        Tap(**fpn, loss=AMDLoss([8, 8], [8, 8], reduction=4), name="amd"),
+    ]
+    d = Distiller(Net(4), Net(8), taps, example_inputs=(IMAGE,))
     ddp = nn.parallel.DistributedDataParallel(d)
     optimizer = torch.optim.SGD(d.trainable_parameters(), lr=0.01)
     torch.manual_seed(rank)

@@ -267,3 +267,62 @@ def test_unknown_backend():
 
 def test_weighting_is_a_named_tuple():
     assert MaskWeighting._fields == ("conv_weight", "conv_bias", "projection_weight", "projection_bias")
+
+
+def test_scale_pixels_and_channels(backend):
+    x = torch.randn(2, 5, 7, 9, device=DEVICE, requires_grad=True)
+    keep = torch.rand(2, 7, 9, device=DEVICE) > 0.5
+    assert torch.equal(maskd_kernels.scale_pixels(x, keep), x * keep[:, None])
+    scale = torch.randn(2, 5, device=DEVICE, requires_grad=True)
+    for layout in (x, x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()):
+        y = maskd_kernels.scale_channels(layout, scale)
+        assert torch.equal(y, layout * scale[:, :, None, None])
+        upstream = torch.randn_like(y)
+        got = torch.autograd.grad(y, [layout, scale], upstream)
+        assert_close(got[0], upstream.double() * scale.double()[:, :, None, None], 2e-6, "x")
+        assert_close(got[1], (upstream.double() * layout.double()).sum((2, 3)), 4e-6, "scale")
+    last = x.movedim(1, -1)
+    assert torch.equal(maskd_kernels.scale_pixels(last, keep, channel_dim=-1), last * keep[..., None])
+    assert torch.equal(maskd_kernels.scale_channels(last, scale, channel_dim=-1), last * scale[:, None, None])
+
+
+def test_squared_error_and_attention(backend):
+    pred, target = (torch.randn(2, 5, 7, 9, device=DEVICE) for _ in range(2))
+    scale = torch.rand(2, 5, device=DEVICE)
+    expected = (scale.double()[:, :, None, None] * pred.double() - target.double()).square().sum((1, 2, 3))
+    assert_close(maskd_kernels.squared_error(pred, target, channel_scale=scale), expected, 2e-6, "error")
+    both = maskd_kernels.squared_error([pred, pred[:, :, :3]], [target, target[:, :, :3]])
+    assert both.shape == (2, 2)
+    assert_close(both[0], (pred.double() - target.double()).square().sum((1, 2, 3)), 2e-6, "levels")
+    with use_backend("reference"):
+        assert maskd_kernels.squared_error(pred.double(), target).dtype == torch.float64
+    attention, mean = maskd_kernels.attention_stats(pred)
+    assert_close(attention, pred.double().abs().mean(1), 2e-6, "attention")
+    assert_close(mean, pred.double().mean((2, 3)), 4e-6, "mean")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda f, x: f.scale_pixels(x, x), ValueError, r"scale: expected \[2, 3, 4\] for features of \[2, 5, 3, 4\]"),
+        (
+            lambda f, x: f.scale_pixels(x, x[:, 0].long()),
+            TypeError,
+            "scale: expected a floating dtype or bool, got torch.i",
+        ),
+        (lambda f, x: f.scale_pixels([x], []), ValueError, "scale: expected at least one level, got an empty list"),
+        (lambda f, x: f.scale_channels(x, x[:, :, 0]), ValueError, r"scale: expected \[2, 5\] for .* got \[2, 5, 4\]"),
+        (lambda f, x: f.squared_error(x, x[:, :4]), ValueError, r"pred: expected \[2, 4, 3, 4\] like target, got"),
+        (lambda f, x: f.squared_error(x, [x, x]), ValueError, r"pred: expected 2 level\(s\) like target, got 1"),
+        (
+            lambda f, x: f.squared_error(x, x, channel_scale=x[0, :, 0]),
+            ValueError,
+            r"channel_scale: expected \[2, 5\] for",
+        ),
+        (lambda f, x: f.attention_stats(x.long()), TypeError, "x: expected float32, float16, bfloat16 or float64, got"),
+        (lambda f, x: f.attention_stats(x[0, 0]), ValueError, r"x: expected \[N, C, \*spatial\] with one to three"),
+    ],
+)
+def test_bad_input_of_streaming_functions(call, error, message):
+    with pytest.raises(error, match=message):
+        call(maskd_kernels, torch.randn(2, 5, 3, 4, device=DEVICE))
