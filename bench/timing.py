@@ -18,40 +18,74 @@ import torch
 
 @dataclasses.dataclass
 class Timing:
+    """Milliseconds of one provider in one way of running it."""
+
     median_ms: float
     p20_ms: float
     p80_ms: float
-    peak_extra_bytes: int | None = None
-    error: str | None = None
+    samples: int
+
+    @staticmethod
+    def of(values: list[float]) -> Timing:
+        """From milliseconds."""
+        ordered = sorted(values)
+        at = [ordered[min(int(len(ordered) * q), len(ordered) - 1)] for q in (0.2, 0.8)]
+        return Timing(statistics.median(values), *at, len(values))
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Waits for the GPU, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def interleaved(providers: dict[str, Callable[[], Any]], seconds: float, least: int = 5) -> dict[str, Timing]:
-    """Each provider once per round, round after round, until the time is spent: drift hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in providers}
-    for function in providers.values():
-        for _ in range(3):
-            function()
-    deadline = time.perf_counter() + seconds
-    rounds, order = 0, random.Random(0)
-    while rounds < least or time.perf_counter() < deadline:
-        rounds += 1
-        # In a new order each round: nobody always finds what the same neighbour left in the caches.
-        for name in order.sample(list(providers), len(providers)):
-            _synchronize()
-            start = time.perf_counter()
-            providers[name]()
-            _synchronize()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    result = {}
-    for name, values in times.items():
-        cuts = statistics.quantiles(values, n=10)
-        result[name] = Timing(statistics.median(values), cuts[1], cuts[7])
-    return result
+class Cold:
+    """Pushes what came before out of the caches: another one for every call."""
+
+    def __init__(self, device: str) -> None:
+        self.buffer = torch.empty(64 << 20, device=device)  # 256 MiB
+
+    def __call__(self) -> None:
+        self.buffer.add_(1)
+        synchronize()
+
+
+def time_once(call: Callable[[], Any]) -> float:
+    """Milliseconds of one call."""
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def interleaved(calls: dict[str, Callable[[], float]], seconds: float, least: int = 5) -> dict[str, Timing]:
+    """Each call once per round in a new random order, round after round: drift hits all alike.
+
+    Calls return their own milliseconds. One that takes more than its share of the time leaves after ``least`` rounds.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    deadline, order = time.perf_counter() + seconds, random.Random(0)
+    while True:
+        over = time.perf_counter() >= deadline
+        share = seconds * 1e3 / len(calls)
+        due = [n for n, t in times.items() if len(t) < least or not (over or sum(t) > share)]
+        if not due:
+            return {name: Timing.of(values) for name, values in times.items()}
+        for name in order.sample(due, len(due)):
+            times[name].append(calls[name]())
+
+
+def kernel_launches(function: Callable[[], Any]) -> int | None:
+    """How many kernels a call launches on the GPU; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    function()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        synchronize()
+    names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
 
 
 def peak_extra_bytes(function: Callable[[], Any]) -> int:
@@ -90,6 +124,16 @@ def _git(*arguments: str) -> str:
         return "unknown"
 
 
+def _driver() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def machine() -> dict[str, Any]:
     """Hardware, versions, commit: what a result means nothing without."""
     cpu = platform.processor() or platform.machine()
@@ -112,5 +156,6 @@ def machine() -> dict[str, Any]:
         "maskd_kernels": __version__,
         "commit": _git("rev-parse", "--short", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")),
+        "driver": _driver(),
         "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
     }

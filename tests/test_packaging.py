@@ -113,7 +113,8 @@ def test_docstring_examples():
 
 def test_readme_figures_come_from_the_committed_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from bench import readme
+    from bench import document
 
-    text = readme.README.read_text()
-    assert readme.filled(text) == text, "run python -m bench.readme"
+    text = document.README.read_text()
+    assert document.filled(text) == text, "run python -m bench.document"
+    assert document.PAGE.read_text() == document.page(), "run python -m bench.document"

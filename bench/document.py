@@ -1,0 +1,194 @@
+"""``python -m bench.document``: writes docs/benchmarks.md and the README's figures from the committed results.
+
+``--check`` only compares.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
+DEMO = ROOT / "docs" / "demo" / "results.md"
+RESULTS = ROOT / "bench" / "results"
+OURS = ("triton", "native")
+COMPETITORS = {
+    "published_as_shipped": "published, as shipped",
+    "published": "published",
+    "published_compiled": "published, compiled",
+    "simplified": "simplified",
+    "simplified_compiled": "simplified, compiled",
+    "eager": "eager",
+    "compiled": "compiled",
+}
+
+
+def load(suite: str, keep_memory: bool = False) -> list[tuple[Path, dict[str, Any]]]:
+    """The committed results of a suite, one per device."""
+    name = f"{suite}{'-keep-memory' if keep_memory else ''}.json"
+    return [(path, json.loads(path.read_text())) for path in sorted(RESULTS.glob(f"*/{name}"))]
+
+
+def ours(result: dict[str, Any]) -> str:
+    """The backend of ours that counts: the fastest kind that ran."""
+    return next(name for name in OURS if name in result["providers"])
+
+
+def millis(result: dict[str, Any], provider: str) -> float | None:
+    """Median of forward and backward with cold caches; None where the provider did not run."""
+    entry = result["providers"].get(provider)
+    return None if entry is None else float(entry["both cold"]["median_ms"])
+
+
+def _cell(value: float | None, why: str = "") -> str:
+    return why if value is None else f"{value:.1f}×" if value < 100 else f"{value:.0f}×"
+
+
+def ratio_row(result: dict[str, Any], competitors: list[str], with_subject: bool = False) -> str:
+    """One row: how many times faster than each competitor, our time over the floors, memory."""
+    mine = millis(result, ours(result))
+    assert mine is not None
+    cells = [f"{result['case']['subject']}: {result['title']}" if with_subject else result["title"]]
+    for name in competitors:
+        theirs = millis(result, name)
+        cells.append(_cell(None if theirs is None else theirs / mine, result["dropped"].get(name, "")[:24]))
+    floor = millis(result, "streaming_3")
+    compulsory = millis(result, f"streaming_{result['units']:g}")
+    cells += [f"{mine / x:.1f}×" for x in (floor, compulsory) if x]
+    peak = result["providers"][ours(result)]["peak_extra_bytes"] / result["map_bytes"]
+    cells.append(f"{peak:.2f}")
+    return "| " + " | ".join(cells) + " |"
+
+
+def ratio_table(results: list[dict[str, Any]], with_subject: bool = False) -> list[str]:
+    """A table of the cases of one suite."""
+    present = [name for name in COMPETITORS if any(name in (*r["providers"], *r["dropped"]) for r in results)]
+    head = ["case", *(COMPETITORS[name] for name in present), "over 3 units", "over all units", "peak, maps"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return lines + [ratio_row(r, present, with_subject) for r in results]
+
+
+def _device(content: dict[str, Any]) -> str:
+    machine = content["machine"]
+    if machine["gpu"]:
+        return f"{machine['gpu']}, driver {machine['driver']}, torch {machine['torch']}"
+    return f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads, torch {machine['torch']}"
+
+
+def readme_section() -> str:
+    """The README's tables: MasKD's loss and the operators, with the C library's default memory mapping."""
+    lines = [
+        "How many times faster than the published formula (its module's parameters with gradients, as shipped; then",
+        "frozen) and than the simplified one (no channel axis in the masks, no convolution), forward and backward,",
+        "tokens frozen, caches cold. Then our time over that of a pass that reads two feature maps, writes one into",
+        "memory already at hand and does nothing else (3 units), and over one that moves all the loss's compulsory",
+        "traffic (5); and the peak of extra memory, in feature maps.",
+    ]
+    for _, content in load("maskd"):
+        lines += ["", f"{_device(content)}:", "", *ratio_table(content["results"])]
+    lines += ["", "More, and how to reproduce it: [docs/benchmarks.md](docs/benchmarks.md)."]
+    return "\n".join(lines)
+
+
+def detail_table(result: dict[str, Any]) -> list[str]:
+    """Every provider of a case."""
+    lines = [
+        "| provider | cold, ms | p20 | p80 | warm, ms | forward, ms | backward, ms | GB/s | peak, maps | launches |",
+        "|" + "---|" * 10,
+    ]
+    for name, entry in result["providers"].items():
+        cold = entry["both cold"]
+        units = float(name.removeprefix("streaming_")) if name.startswith("streaming_") else result["units"]
+        speed = units * result["map_bytes"] / cold["median_ms"] / 1e6
+        cells = [name, *(f"{cold[key]:.3f}" for key in ("median_ms", "p20_ms", "p80_ms"))]
+        cells += [f"{entry[way]['median_ms']:.3f}" if way in entry else "" for way in ("both warm", "forward cold")]
+        cells += [f"{entry['backward cold']['median_ms']:.3f}" if "backward cold" in entry else "", f"{speed:.1f}"]
+        peak, launches = entry.get("peak_extra_bytes"), entry.get("kernel_launches")
+        cells += [
+            "" if peak is None else f"{peak / result['map_bytes']:.2f}",
+            "" if launches is None else str(launches),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [f"| {name} | {why} |" + " |" * 8 for name, why in result["dropped"].items()]
+    return lines
+
+
+def page() -> str:
+    """docs/benchmarks.md."""
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `python -m bench.document` from the files in `bench/results/`; nothing here is typed by hand.",
+        "",
+        "`make bench` reproduces the CPU figures, `make gpu` those of a GPU; `python -m bench --help` has the rest.",
+        "Providers of a case run interleaved, in a new random order each round, and each is checked against float64",
+        "before it is timed: one that is wrong, or runs out of memory, is listed and not timed. Cold: 256 MiB are",
+        "written before each call; warm: the same call has just run. Times of different machines or runs do not",
+        "compare; the ratios within a case do. GB/s counts each input read once per pass that needs it and each result",
+        "written once (the case's units), whatever a provider really moves. `streaming_n` moves n feature maps and does",
+        "nothing else.",
+        "`python -m bench --compare before.json after.json --gate 0.1` says what a change did.",
+        "",
+        "![Ratios](benchmarks/ratios.png)",
+        "",
+        "![Memory](benchmarks/memory.png)",
+        "",
+        "![Roofline](benchmarks/roofline.png)",
+    ]
+    for path in sorted(RESULTS.glob("*/*.json")):
+        content = json.loads(path.read_text())
+        if "results" not in content or "suite" not in content:
+            continue
+        machine = content["machine"]
+        kept = ", memory kept by the C library" if path.stem.endswith("keep-memory") else ""
+        dirty = ", with uncommitted changes" if machine["dirty"] else ""
+        lines += [
+            "",
+            f"## {content['suite']} on {_device(content)}{kept}",
+            "",
+            f"At commit {machine['commit']}{dirty}.",
+        ]
+        results = content["results"]
+        lines += ["", *ratio_table(results, with_subject=True)]
+        for result in results:
+            lines += ["", f"### {result['case']['subject']}: {result['title']}", "", *detail_table(result)]
+    end_to_end = RESULTS.glob("*/end_to_end.json")
+    for path in sorted(end_to_end):
+        content = json.loads(path.read_text())
+        lines += ["", f"## A training step, end to end, on {_device(content)}", "", content["about"], ""]
+        lines += ["| distillation | step, ms | p20 | p80 | share of the step | peak memory, MiB |", "|" + "---|" * 6]
+        for row in content["rows"]:
+            share = f"{100 * row['share']:.1f} %" if row["share"] is not None else ""
+            times = " | ".join(f"{row[key]:.0f}" for key in ("median_ms", "p20_ms", "p80_ms"))
+            lines.append(f"| {row['name']} | {times} | {share} | {row['peak_mib']:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def filled(text: str) -> str:
+    """The README with both sections replaced."""
+    sections = {"demo": DEMO.read_text().strip(), "bench": readme_section()}
+    for name, section in sections.items():
+        pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
+        text, count = re.subn(pattern, lambda m, s=section: f"{m[1]}{s}\n{m[2]}", text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"README.md: expected one section {name!r}, got {count}")
+    return text
+
+
+def main() -> int:
+    """Writes both, or says whether they are what the results say."""
+    text = README.read_text()
+    if "--check" in sys.argv:
+        return int(filled(text) != text or PAGE.read_text() != page())
+    README.write_text(filled(text))
+    PAGE.write_text(page())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

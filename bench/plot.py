@@ -1,0 +1,98 @@
+"""``python -m bench.plot``: draws docs/benchmarks/*.png from the committed results, and from nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bench.document import COMPETITORS, ROOT, load, millis, ours
+
+FOLDER = ROOT / "docs" / "benchmarks"
+
+
+def _axes(rows: int, path: Path, draw: Any) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 0.55 * rows + 1.4), layout="constrained")
+    draw(figure.subplots())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, format="png")
+
+
+def _bars(results: list[dict[str, Any]], value: Any, label: str, path: Path) -> None:
+    names = [n for n in COMPETITORS if any(value(r, n) for r in results)]
+
+    def draw(axis: Any) -> None:
+        height = 0.8 / len(names)
+        for i, name in enumerate(names):
+            found = [(row, value(r, name)) for row, r in enumerate(results) if value(r, name)]
+            rows, values = [row + i * height - 0.4 for row, _ in found], [v for _, v in found]
+            bars = axis.barh(rows, values, height=height, label=COMPETITORS[name])
+            axis.bar_label(bars, [f"{v:.1f}" for v in values], fontsize=6, padding=2)
+        axis.set_yticks(range(len(results)), [r["title"] for r in results], fontsize=7)
+        axis.set_xscale("log")
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xlabel(label)
+        axis.invert_yaxis()
+        axis.legend(frameon=False, fontsize=7)
+
+    _axes(len(results), path, draw)
+
+
+def draw_ratios(results: list[dict[str, Any]], path: Path) -> None:
+    """How many times our time the others take."""
+
+    def value(result: dict[str, Any], name: str) -> float | None:
+        theirs, mine = millis(result, name), millis(result, ours(result))
+        return theirs / mine if theirs and mine else None
+
+    _bars(results, value, "times our time, forward and backward, caches cold", path)
+
+
+def draw_memory(results: list[dict[str, Any]], path: Path) -> None:
+    """Peak extra memory over ours."""
+
+    def value(result: dict[str, Any], name: str) -> float | None:
+        entry = result["providers"].get(name)
+        return entry["peak_extra_bytes"] / result["providers"][ours(result)]["peak_extra_bytes"] if entry else None
+
+    _bars(results, value, "times our peak of extra memory", path)
+
+
+def draw_roofline(results: list[dict[str, Any]], path: Path) -> None:
+    """GB/s of compulsory traffic, beside what a streaming pass of the same traffic reaches."""
+
+    def draw(axis: Any) -> None:
+        for row, result in enumerate(results):
+            moved = result["units"] * result["map_bytes"] / 1e6
+            limit = moved / (millis(result, f"streaming_{result['units']:g}") or 1)
+            axis.barh(row, limit, height=0.7, color="0.88", label="streaming pass" if row == 0 else None)
+            for name, colour in (
+                (ours(result), "tab:green"),
+                ("simplified_compiled", "tab:orange"),
+                ("compiled", "tab:red"),
+            ):
+                time = millis(result, name)
+                if time:
+                    axis.plot(moved / time, row, "o", color=colour, markersize=5)
+        for name, colour in (("ours", "tab:green"), ("simplified or same formula, compiled", "tab:orange")):
+            axis.plot([], [], "o", color=colour, label=name)
+        axis.set_yticks(range(len(results)), [f"{r['case']['subject']}: {r['title']}" for r in results], fontsize=6)
+        axis.set_xlabel("GB/s on the case's compulsory units, caches cold")
+        axis.invert_yaxis()
+        axis.legend(frameon=False, fontsize=7)
+
+    _axes(len(results), path, draw)
+
+
+def main() -> None:
+    """All pictures, of the first device that has results."""
+    suites = {name: load(name) for name in ("maskd", "operators")}
+    results = {name: found[0][1]["results"] for name, found in suites.items() if found}
+    draw_ratios(results["maskd"], FOLDER / "ratios.png")
+    draw_memory(results["maskd"], FOLDER / "memory.png")
+    draw_roofline([*results["maskd"], *results.get("operators", [])], FOLDER / "roofline.png")
+
+
+if __name__ == "__main__":
+    main()
