@@ -13,6 +13,7 @@ namespace {
    isa::squared_error_backward,   \
    isa::attention_stats_forward,  \
    isa::attention_stats_backward, \
+   isa::sum_taps,                 \
    isa::streaming_difference}
 
 const Kernels kBuilds[] = {

@@ -6,6 +6,7 @@
 #include "scale_pixels.h"
 #include "squared_error.h"
 #include "streaming_pass.h"
+#include "sum_taps.h"
 
 namespace maskd {
 
@@ -16,6 +17,7 @@ struct Kernels {
   ScalePixelsKernel scale_pixels_forward, scale_pixels_backward;
   SquaredErrorKernel squared_error_forward, squared_error_backward;
   AttentionStatsKernel attention_stats_forward, attention_stats_backward;
+  SumTapsKernel sum_taps;
   StreamingDifference streaming_difference;
 };
 

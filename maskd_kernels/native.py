@@ -60,15 +60,18 @@ def module() -> ModuleType:
 _POOLED_BYTES = 1 << 20  # smaller blocks the C library keeps and reuses by itself
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised contiguous CPU tensor; a large one comes from memory that is kept from step to step.
+def empty(shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None) -> Tensor:
+    """An uninitialised dense CPU tensor, contiguous by default; a large one in memory kept from step to step.
 
     Kept memory never exceeds what was in use at one time; ``release_memory()`` returns it to the system.
     """
     count = math.prod(shape)
+    stride = torch.empty(shape, device="meta").stride() if stride is None else stride
     if count * dtype.itemsize < _POOLED_BYTES:
-        return torch.empty(shape, dtype=dtype)
-    tensor = torch.frombuffer(module().Block(count * dtype.itemsize), dtype=dtype).view(shape)
+        return torch.empty_strided(shape, stride, dtype=dtype)
+    memory = torch.frombuffer(module().Block(count * dtype.itemsize), dtype=torch.uint8)
+    # Not a view of another tensor: what is returned to users may be changed in place.
+    tensor = torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, tuple(shape), tuple(stride))
     if torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
         tensor.fill_(math.nan)  # as torch.empty does
     return tensor

@@ -216,6 +216,20 @@ PYBIND11_MODULE(_native, m) {
       py::arg("float64"));
 
   m.def(
+      "sum_taps",
+      [](uintptr_t table, uintptr_t slot, uintptr_t bias, uintptr_t out, int64_t height, int64_t width,
+         int64_t channels, int threads) {
+        SumTaps p;
+        p.table = static_cast<const float*>(pointer(table)), p.slot = static_cast<const int64_t*>(pointer(slot));
+        p.bias = static_cast<const float*>(pointer(bias)), p.out = static_cast<float*>(pointer(out));
+        p.height = height, p.width = width, p.channels = channels, p.threads = threads;
+        py::gil_scoped_release release;
+        selected->sum_taps(p);
+      },
+      py::arg("table"), py::arg("slot"), py::arg("bias"), py::arg("out"), py::arg("height"), py::arg("width"),
+      py::arg("channels"), py::arg("threads"));
+
+  m.def(
       "streaming_difference",
       [](uintptr_t a, uintptr_t b, uintptr_t out, int64_t count, int threads) {
         py::gil_scoped_release release;

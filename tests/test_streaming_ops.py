@@ -280,3 +280,19 @@ def test_attention_has_no_gradient_at_zero(backend):
     x = torch.zeros(1, 3, 4, 4, device=DEVICE, requires_grad=True)
     attention, _ = attention_stats([x])
     assert torch.equal(torch.autograd.grad(attention[0].sum(), x)[0], torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", [(5, 7), (300, 310)])
+def test_results_may_be_changed_in_place(backend, layout, size):
+    """As the next layer's ReLU(inplace=True) does."""
+    if backend == "triton" and size[0] > 5 and DEVICE == "cpu":
+        size = (9, 9)  # the interpreter is slow
+    x, scale = features((1, 4, *size), layout=layout), small((1, size[0] * size[1]), torch.float32)
+    (y,) = scale_pixels([x], [scale])
+    assert y.stride() == x.stride()
+    y = y.relu_()
+    expected = (x.detach() * scale.detach().reshape(1, 1, *size)).relu()
+    assert torch.equal(y, expected)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert_close(gradient, (expected > 0) * scale.detach().double().reshape(1, 1, *size), 1e-6, "x")

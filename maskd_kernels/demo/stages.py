@@ -39,7 +39,7 @@ class Settings:
     student_learning_rate: float = 1e-2
     token_learning_rate: float = 1e-2
     num_tokens: int = 6
-    loss_weights: tuple[float, ...] = (0.5, 2.0, 8.0)
+    loss_weights: tuple[float, ...] = (0.125, 0.5, 2.0)
     seeds: tuple[int, ...] = (0, 1, 2)
 
 

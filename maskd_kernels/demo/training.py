@@ -64,7 +64,7 @@ def fit(
 
     Returns the task loss of each step.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.15)
     curve = []
     for scenes, labels in progress(data.batches(batch, steps, seed), steps, text):

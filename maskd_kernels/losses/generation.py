@@ -99,11 +99,12 @@ class GenerativeLoss(nn.Module):
         aligns: Any = self.align if self.per_level else [self.align] * len(student)
         return [align(s) for align, s in zip(aligns, student, strict=True)]
 
+    def _blocks(self, levels: int) -> list[Any]:
+        blocks = self.generation
+        return list(blocks) if isinstance(blocks, nn.ModuleList) else [blocks] * levels
+
     def _generated(self, masked: list[Tensor]) -> list[Tensor]:
-        blocks: Any = self.generation
-        if not isinstance(blocks, nn.ModuleList):
-            blocks = [blocks] * len(masked)
-        return [block(x) for block, x in zip(blocks, masked, strict=True)]
+        return [block(x) for block, x in zip(self._blocks(len(masked)), masked, strict=True)]
 
     @staticmethod
     def _compared(

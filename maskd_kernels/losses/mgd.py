@@ -12,7 +12,11 @@ from torch import Tensor
 
 from maskd_kernels import functional
 from maskd_kernels.losses.generation import Channels, GenerativeLoss
+from maskd_kernels.ops.masked_conv import masked_conv
 from maskd_kernels.validation import FLOATING, Levels, as_levels, level_name, match_count, shape_of
+
+# From here on the first convolution is computed from the kept pixels alone (bench: masked_conv).
+LEAST_MASKED, LEAST_CHANNELS, LEAST_PIXELS = 0.4, 128, 1024
 
 # The released configurations (yzd-v/MGD at 2c9da0b), as keyword arguments of MGDLoss.
 MGD_PRESETS: Mapping[str, dict[str, Any]] = MappingProxyType(
@@ -105,11 +109,36 @@ class MGDLoss(GenerativeLoss):
         student, teacher = self._validated(preds_S, preds_T)
         masks = self._draw(teacher, generator) if keep is None else self._checked(keep, teacher)
         aligned = self._aligned(student)
+        if self._gathers(aligned, masks):
+            generated = self._generated_from_kept(aligned, masks)
+            return self._compared(generated, teacher, self.alpha_mgd)
         if self.mask_on_channel:
             masked = functional.scale_channels(aligned, [m.flatten(1) for m in masks])
         else:
             masked = functional.scale_pixels(aligned, [m.squeeze(1) for m in masks])
         return self._compared(self._generated(list(masked)), teacher, self.alpha_mgd)
+
+    def _gathers(self, aligned: list[Tensor], masks: list[Tensor]) -> bool:
+        """Whether computing the first convolution from the kept pixels alone is worth it: see docs/benchmarks.md."""
+        return (
+            not self.mask_on_channel
+            and aligned[0].device.type == "cpu"
+            and self.lambda_mgd >= LEAST_MASKED
+            and all(m.dtype == torch.bool for m in masks)
+            and all(x.dtype == torch.float32 and x.shape[1] >= LEAST_CHANNELS for x in aligned)
+            and max(math.prod(x.shape[2:]) for x in aligned) >= LEAST_PIXELS
+            and not torch.is_autocast_enabled(aligned[0].device.type)
+        )
+
+    def _generated_from_kept(self, aligned: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
+        result = []
+        for block, x, mask in zip(self._blocks(len(aligned)), aligned, masks, strict=True):
+            first, *rest = block
+            hidden = masked_conv(x, mask.squeeze(1), first.weight, first.bias)
+            for module in rest:
+                hidden = module(hidden)
+            result.append(hidden)
+        return result
 
     def _mask_shape(self, teacher: Tensor) -> list[int]:
         n, c, height, width = teacher.shape

@@ -46,9 +46,15 @@ def with_layout(feature: Feature, interleaved: bool) -> Feature:
 
 def empty_gradient(x: Tensor, interleaved: bool, pooled: bool = False) -> Tensor:  # [N, C, *spatial]
     """Memory for the gradient of ``x``, with this axis dense; ``pooled``: from memory kept by the native kernels."""
-    shape = (x.shape[0], *x.shape[2:], x.shape[1]) if interleaved else x.shape
-    memory = native.empty(shape, x.dtype) if pooled else x.new_empty(shape)
-    return memory.movedim(-1, 1) if interleaved else memory
+    channels, stride = x.shape[1], 1 if not interleaved else x.shape[1]
+    strides = []
+    for size in reversed(x.shape[2:]):
+        strides.append(stride)
+        stride = stride * max(size, 1)
+    per_channel = 1 if interleaved else stride
+    strides += [per_channel, stride if interleaved else stride * max(channels, 1)]
+    strides.reverse()
+    return native.empty(x.shape, x.dtype, strides) if pooled else x.new_empty_strided(x.shape, strides)
 
 
 def empty_like(features: Sequence[Tensor], pooled: bool = False) -> list[Tensor]:
