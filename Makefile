@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test bench gpu lint format clean help
 
 help:
-	@echo "make demo   distil a segmenter through receptive tokens, start to end (about 10 minutes on two cores)"
+	@echo "make demo   distil a segmenter by every method, start to end (about 10 minutes on two cores)"
 	@echo "make test   all tests (GPU tests only where there is a GPU)"
 	@echo "make bench  microbenchmarks on the CPU against the published formula, torch.compile and a streaming pass"
 	@echo "make gpu    tests and benches on an NVIDIA GPU, with the torch that PYTHON has; installs nothing"
@@ -26,12 +26,21 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench --json bench/results
-	$(BIN)/python -m bench --keep-memory --json bench/results
+	$(BIN)/python -m bench.end_to_end --json bench/results
+	$(BIN)/python -m bench.plot
+	$(BIN)/python -m bench.document
+
+GPU_TESTS = tests/test_receptive_stats.py tests/test_streaming_ops.py tests/test_golden.py tests/test_functional.py \
+	tests/test_losses_maskd.py tests/test_losses_mgd.py tests/test_losses_amd.py tests/test_gpu.py
 
 gpu:
-	MASKD_TEST_GPU=1 $(PYTHON) -m pytest -q tests/test_receptive_stats.py tests/test_streaming_ops.py tests/test_golden.py \
-		tests/test_functional.py tests/test_losses_maskd.py tests/test_losses_mgd.py tests/test_losses_amd.py tests/test_gpu.py
-	$(PYTHON) -m bench --device cuda --json bench/results
+	MASKD_TEST_GPU=1 timeout 150 $(PYTHON) -m pytest -q $(GPU_TESTS)
+	for tool in memcheck racecheck; do \
+		if command -v compute-sanitizer; then MASKD_TEST_GPU=1 timeout 60 compute-sanitizer --tool $$tool --error-exitcode 1 \
+			$(PYTHON) -m pytest -q tests/test_golden.py -k triton || exit 1; else echo "no compute-sanitizer: $$tool skipped"; fi; \
+	done
+	timeout 260 $(PYTHON) -m bench --device cuda --suite maskd-gpu,operators-gpu,generative-gpu --seconds 3 --json bench/results
+	timeout 60 $(PYTHON) -m bench.end_to_end --device cuda --seconds 15 --json bench/results
 
 lint: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[lint]"

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -67,13 +68,10 @@ def build(case: Case, device: str) -> Subject:
     }
 
     def exact(leaves: list[Tensor]) -> Outputs:
-        doubled = loss_fn.double()
-        try:
-            with use_backend("reference"):
-                masks = {"keep": [mask.double() for mask in keep]} if mgd else {}
-                return [doubled(leaves, [t.double() for t in teachers], **masks)]
-        finally:
-            loss_fn.to(case.dtype)
+        doubled = copy.deepcopy(loss_fn).double()
+        with use_backend("reference"):
+            masks = {"keep": [mask.double() for mask in keep]} if mgd else {}
+            return [doubled(leaves, [t.double() for t in teachers], **masks)]
 
     also = {name: parameters for name in providers}
     return Subject(students, None, providers, exact, 9 if mgd else 11, also=also)

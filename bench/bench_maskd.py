@@ -6,7 +6,7 @@ Tokens are frozen except in the first provider:
   convolution; tokens and weighting receive gradients, as in the authors' module, which does not freeze them
 - ``published``: the same with tokens and weighting frozen; ``published_compiled``: under ``torch.compile``
 - ``simplified``: masks without a channel axis, the weighting from nine sums per channel, eager;
-  ``simplified_compiled``: under ``torch.compile``
+  ``simplified_compiled``: under ``torch.compile``; ``simplified_cudagraphs``: and replayed as CUDA graphs
 - ``reference`` / ``native`` / ``triton``: the backends of ``receptive_stats`` under ``maskd_loss``
 """
 
@@ -93,6 +93,10 @@ def build(case: Case, device: str) -> Subject:
     shipped = [copy.deepcopy(m).to(case.dtype).requires_grad_(True) for m in modules]
     simple_compiled = torch.compile(simple, dynamic=False)
     published_compiled = torch.compile(published(frozen), dynamic=False)
+    graphs: dict[str, Callable[[], Outputs]] = {}
+    if device == "cuda":
+        replayed = torch.compile(simple, dynamic=False, mode="reduce-overhead")
+        graphs["simplified_cudagraphs"] = lambda: [replayed(students, teachers)]
     providers: dict[str, Callable[[], Outputs]] = {
         "published_as_shipped": lambda: [published(shipped)(students, teachers)],
         "published": lambda: [published(frozen)(students, teachers)],
@@ -100,6 +104,7 @@ def build(case: Case, device: str) -> Subject:
         "simplified": lambda: [simple(students, teachers)],
         "simplified_compiled": lambda: [simple_compiled(students, teachers)],
         **by_backend(lambda: ours(students, teachers, tokens, weighting), device),
+        **graphs,
     }
 
     def exact(leaves: list[Tensor]) -> Outputs:

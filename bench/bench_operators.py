@@ -2,6 +2,7 @@
 
 - ``eager``: PyTorch, eager; ``compiled``: under ``torch.compile``
 - ``reference`` / ``native`` / ``triton``: our backends
+- ``eager_channels_last``: of ``masked_conv``, the library's convolution in the layout it likes best
 
 ``attention_stats`` is forward only: the teacher is frozen wherever it is used.
 """
@@ -13,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import maskd_kernels
 from bench.cases import Case
 from bench.subjects import Outputs, Subject, by_backend, features
 from maskd_kernels import use_backend
+from maskd_kernels.ops.masked_conv import masked_conv
 
 
 def _expand(scale: Tensor, like: Tensor) -> Tensor:  # [N, *spatial] over the channels
@@ -41,8 +44,36 @@ def eager_attention_stats(x: list[Tensor]) -> Outputs:
     return [*attention, *(a.float().flatten(2).mean(2) for a in x)]
 
 
+MASKED = 0.65  # of the pixels, as MGD masks them in one-stage detectors
+
+
+def build_masked_conv(case: Case, device: str) -> Subject:
+    """The convolution of a masked image: the library's in either layout, ours from the kept pixels alone."""
+    ((x,), (upstream,)) = features(case, device, 2)
+    c = case.channels
+    weight, bias = torch.randn(c, c, 3, 3, device=device) * (9 * c) ** -0.5, torch.randn(c, device=device)
+    keep = torch.rand(x.shape[0], *x.shape[2:], device=device) <= 1 - MASKED
+    leaves = [x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+
+    def library(a: Tensor, w: Tensor, b: Tensor) -> Outputs:
+        return [F.conv2d(a * keep[:, None].to(a.dtype), w, b, padding=1)]
+
+    def channels_last(a: Tensor, w: Tensor, b: Tensor) -> Outputs:
+        return library(a.contiguous(memory_format=torch.channels_last), w, b)
+
+    providers: dict[str, Callable[[], Outputs]] = {
+        "eager": lambda: library(*leaves),
+        "eager_channels_last": lambda: channels_last(*leaves),
+        **by_backend(lambda: [masked_conv(x, keep, weight, bias)], device),
+    }
+    # Compulsory: read x, write y; read dy, write dx.
+    return Subject(leaves, [upstream], providers, lambda doubles: library(*doubles), 4)
+
+
 def build(case: Case, device: str) -> Subject:
     """The providers, and the exact answer."""
+    if case.subject == "masked_conv":
+        return build_masked_conv(case, device)
     first, second, upstream = features(case, device, 3)
     name = case.subject
     scale = [torch.rand(x.shape[0], *x.shape[2:], device=device) for x in first]
@@ -76,7 +107,7 @@ def build(case: Case, device: str) -> Subject:
 
     return Subject(
         list(leaves),
-        upstream if name == "scale_pixels" else None,
+        {"scale_pixels": upstream, "squared_error": [torch.ones(len(first), case.batch, device=device)]}.get(name),
         providers,
         exact,
         units,

@@ -39,6 +39,10 @@ class Case:
         return f"{self.name}, {str(self.dtype)[6:]}{layout}"
 
 
+def _large(case: Case) -> Case:
+    return dataclasses.replace(case, batch=16, name=case.name.replace("N=2", "N=16"))
+
+
 def variants(case: Case) -> list[Case]:
     """float32 and bfloat16, NCHW and channels-last."""
     return [
@@ -54,10 +58,6 @@ LOGITS = Case("maskd", "Cityscapes logits", 2, 19, ((64, 128),), tokens=8, weigh
 PSPNET = Case("maskd", "PSPNet features", 2, 2048, ((64, 64),))
 VIT = Case("maskd", "ViT tokens", 8, 768, ((1024,),), weighted=False, channels_last=True)
 FRCNN = Case("maskd", "Faster R-CNN P2-P6, N=2", 2, 256, FASTER_RCNN)
-
-
-def _large(case: Case) -> Case:
-    return dataclasses.replace(case, batch=16, name=case.name.replace("N=2", "N=16"))
 
 
 def _operator(subject: str) -> list[Case]:
@@ -86,15 +86,27 @@ SUITES: dict[str, list[Case]] = {
         Case("mgd", "RetinaNet P4, N=2", 2, 256, RETINANET[1:2]),
         Case("mgd", "ImageNet, N=64", 64, 512, ((7, 7),), mask_on_channel=True),
         Case("amd", "RetinaNet P4, N=2", 2, 256, RETINANET[1:2]),
+        *(Case("masked_conv", f"RetinaNet P{i + 3}, 65 % masked", 2, 256, (RETINANET[i],)) for i in range(3)),
     ],
     # Larger, for machines with more memory or time.
     "maskd-more": [*variants(FRCNN), *variants(PSPNET), *variants(LOGITS)[1:]],
     "maskd-gpu": [
-        *(v for case in (P3, PYRAMID, _large(PYRAMID), FRCNN, LOGITS, PSPNET, VIT) for v in variants(case)),
+        *(dataclasses.replace(PYRAMID, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)),
+        dataclasses.replace(PYRAMID, dtype=torch.bfloat16, channels_last=True),
+        dataclasses.replace(_large(PYRAMID), dtype=torch.bfloat16),
         dataclasses.replace(_large(FRCNN), levels=FASTER_RCNN[:1], name="Faster R-CNN P2, N=16", dtype=torch.bfloat16),
+        LOGITS,
+        dataclasses.replace(PSPNET, dtype=torch.bfloat16),
+        dataclasses.replace(VIT, dtype=torch.bfloat16),
+    ],
+    "operators-gpu": [
+        Case(name, "RetinaNet P3-P7, N=16", 16, 256, RETINANET, dtype=torch.bfloat16, channels_last=last)
+        for name in ("scale_pixels", "squared_error", "attention_stats")
+        for last in (False, True)
     ],
     "generative-gpu": [
-        *(v for name in ("mgd", "amd") for v in variants(Case(name, "RetinaNet P3-P7, N=2", 2, 256, RETINANET))),
+        Case("mgd", "RetinaNet P3-P7, N=2", 2, 256, RETINANET, dtype=torch.bfloat16),
+        Case("amd", "RetinaNet P3-P7, N=2", 2, 256, RETINANET, dtype=torch.bfloat16),
         Case("mgd", "ImageNet, N=256", 256, 512, ((7, 7),), mask_on_channel=True),
     ],
 }

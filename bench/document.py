@@ -23,7 +23,9 @@ COMPETITORS = {
     "published_compiled": "published, compiled",
     "simplified": "simplified",
     "simplified_compiled": "simplified, compiled",
+    "simplified_cudagraphs": "simplified, CUDA graphs",
     "eager": "eager",
+    "eager_channels_last": "eager, channels-last",
     "compiled": "compiled",
 }
 
