@@ -177,7 +177,7 @@ def main() -> int:
     parser.add_argument("--providers", default="", help="only these providers, by commas (default: all)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--seconds", type=float, default=20, help="time per case, beyond what checking takes")
+    parser.add_argument("--seconds", type=float, default=8, help="time per case, beyond what checking takes")
     parser.add_argument("--json", type=Path, help="folder for results")
     parser.add_argument("--keep-memory", action="store_true", help="have the C library keep freed memory (Linux)")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"), help="compare two result files")

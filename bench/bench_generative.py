@@ -73,5 +73,5 @@ def build(case: Case, device: str) -> Subject:
             masks = {"keep": [mask.double() for mask in keep]} if mgd else {}
             return [doubled(leaves, [t.double() for t in teachers], **masks)]
 
-    also = {name: parameters for name in providers}
+    also = {name: parameters for name in providers} | {"convolutions": list(loss_fn.generation.parameters())}
     return Subject(students, None, providers, exact, 9 if mgd else 11, also=also)

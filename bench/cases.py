@@ -63,10 +63,10 @@ FRCNN = Case("maskd", "Faster R-CNN P2-P6, N=2", 2, 256, FASTER_RCNN)
 def _operator(subject: str) -> list[Case]:
     shape = Case(subject, "RetinaNet P3, N=2", 2, 256, RETINANET[:1])
     return [
-        *variants(shape),
-        Case(subject, "RetinaNet P3-P7, N=2", 2, 256, RETINANET),
+        shape,
+        dataclasses.replace(shape, channels_last=True),
+        dataclasses.replace(shape, dtype=torch.bfloat16),
         Case(subject, "Cityscapes logits", 2, 19, ((64, 128),)),
-        Case(subject, "PSPNet features", 2, 2048, ((64, 64),)),
         Case(subject, "ViT tokens", 8, 768, ((1024,),), channels_last=True),
         Case(subject, "ImageNet, N=256", 256, 512, ((7, 7),)),
     ]

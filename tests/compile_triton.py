@@ -1,4 +1,8 @@
-"""Compiles the kernels for several GPUs and prints, as JSON, what became of them. Run by test_triton_compilation.py."""
+"""Compiles the kernels for several GPUs and prints, as JSON, what became of them. Run by test_triton_compilation.py.
+
+``--record`` writes the registers each kernel takes to triton_registers.json instead, for a change that means to change
+them.
+"""
 
 import concurrent.futures
 import json
@@ -16,6 +20,7 @@ from triton.compiler import ASTSource
 from maskd_kernels.triton import attention_stats, receptive_stats, scale_pixels, squared_error
 from maskd_kernels.triton.common import STREAM_C, STREAM_P, STREAM_WARPS
 
+REGISTERS = Path(__file__).parent / "triton_registers.json"
 FEATURES = {"teacher", "student", "x", "y", "pred", "target", "grad_teacher", "grad_student"}
 FEATURES |= {"grad_x", "grad_y", "grad_pred", "grad_target"}
 POINTERS = FEATURES | {"tokens", "masks", "teacher_masks", "distance", "partials", "sums", "scale", "attention"}
@@ -108,7 +113,12 @@ def main():
             jobs[f"{kind} planar fp32 odd sm_{architecture}"] = (kind, False, "fp32", False, architecture)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(lambda job: inspect(*job), jobs.values()))
-    json.dump(dict(zip(jobs, results, strict=True)), sys.stdout)
+    if "--record" in sys.argv:
+        registers = {name: result["registers"] for name, result in zip(jobs, results, strict=True)}
+        content = {"triton": triton.__version__, "registers": registers}
+        REGISTERS.write_text(json.dumps(content, indent=1) + "\n")
+    else:
+        json.dump(dict(zip(jobs, results, strict=True)), sys.stdout)
 
 
 if __name__ == "__main__":

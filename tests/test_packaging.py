@@ -101,10 +101,10 @@ def test_docstring_examples():
 
     from maskd_kernels import backends, functional
     from maskd_kernels.distill import distiller, tokens
-    from maskd_kernels.losses import maskd
+    from maskd_kernels.losses import amd, maskd, mgd
 
     attempted = 0
-    for module in (backends, functional, distiller, tokens, maskd):
+    for module in (backends, functional, distiller, tokens, maskd, mgd, amd):
         result = doctest.testmod(module)
         assert result.failed == 0, module.__name__
         attempted += result.attempted

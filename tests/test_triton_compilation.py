@@ -56,3 +56,15 @@ def test_writes_are_wide(compiled):
         for kernel in ("backward", "scale_pixels_forward", "squared_error_backward", "attention_stats_backward"):
             entry = compiled[f"{kernel} planar fp32 aligned sm_{architecture}"]
             assert entry["wide_stores"] >= 1, (kernel, entry)
+
+
+def test_registers_are_the_recorded_ones(compiled):
+    """More registers, fewer warps at a time: a change of them is made knowingly."""
+    recorded = json.loads((SCRIPT.parent / "triton_registers.json").read_text())
+    if recorded["triton"] != triton.__version__:
+        pytest.skip(f"recorded with triton {recorded['triton']}, this is {triton.__version__}")
+    found = {name: entry["registers"] for name, entry in compiled.items()}
+    changed = {name: (recorded["registers"].get(name), n) for name, n in found.items()}
+    changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
+    assert not changed, f"recorded, now: {changed}; if meant: python tests/compile_triton.py --record"
+    assert found.keys() == recorded["registers"].keys()
