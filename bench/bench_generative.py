@@ -33,7 +33,7 @@ def build(case: Case, device: str) -> Subject:
         loss_fn = loss_fn.to(memory_format=torch.channels_last)
     parameters = list(loss_fn.parameters())
     drawn = loss_fn._draw(teachers, None) if isinstance(loss_fn, MGDLoss) else []
-    keep = [mask.to(case.dtype) for mask in drawn]
+    keep = [mask.to(case.dtype) for mask in drawn]  # as the authors have it; ours takes it as drawn
 
     def published_mgd(s: list[Tensor]) -> Tensor:
         losses = [
@@ -58,7 +58,7 @@ def build(case: Case, device: str) -> Subject:
     compiled = torch.compile(published, dynamic=False)
 
     def ours() -> Outputs:
-        return [loss_fn(students, teachers, keep=keep) if mgd else loss_fn(students, teachers)]
+        return [loss_fn(students, teachers, keep=drawn) if mgd else loss_fn(students, teachers)]
 
     providers: dict[str, Callable[[], Outputs]] = {
         "published": lambda: [published(students)],

@@ -16,14 +16,13 @@ MASKD_INLINE Vec<T> magnitude(Vec<T> x) {
 
 // The axis across the rows' elements gets sums down the columns, the other one sums along each row.
 template <typename T>
-bool forward(const AttentionStats& problem) {
+void forward(const AttentionStats& problem) {
   const RowBlocks blocks(problem.shape);
   const bool interleaved = problem.shape.interleaved;
   T *attention = static_cast<T*>(problem.attention), *mean = static_cast<T*>(problem.mean);
   const T per_channel = problem.shape.channels > 0 ? T(1) / T(problem.shape.channels) : T(0);
   const T per_pixel = problem.shape.pixels > 0 ? T(1) / T(problem.shape.pixels) : T(0);
   const ColumnSums<T> sums(blocks, true);
-  if (!sums.ready()) return false;
   blocks.each([&](int64_t n, int64_t block, int64_t first, int64_t last) {
     alignas(64) T read[kPiece];
     T* column_sums = sums.row(n, block);
@@ -53,11 +52,10 @@ bool forward(const AttentionStats& problem) {
   sums.total(interleaved ? mean : attention, interleaved ? per_pixel : per_channel);
   if (!interleaved && problem.shape.pixels == 0)
     for (int64_t i = 0; i < problem.shape.batch * problem.shape.channels; ++i) mean[i] = T(0);
-  return true;
 }
 
 template <typename T>
-bool backward(const AttentionStats& problem) {
+void backward(const AttentionStats& problem) {
   const RowBlocks blocks(problem.shape);
   const bool interleaved = problem.shape.interleaved, stream = blocks.streams(problem.grad_x);
   const T *grad_attention = static_cast<const T*>(problem.grad_attention),
@@ -92,16 +90,15 @@ bool backward(const AttentionStats& problem) {
       });
     }
   });
-  return true;
 }
 
 }  // namespace
 
-bool MASKD_ISA::attention_stats_forward(const AttentionStats& problem) {
+void MASKD_ISA::attention_stats_forward(const AttentionStats& problem) {
   return problem.float64 ? forward<double>(problem) : forward<float>(problem);
 }
 
-bool MASKD_ISA::attention_stats_backward(const AttentionStats& problem) {
+void MASKD_ISA::attention_stats_backward(const AttentionStats& problem) {
   return problem.float64 ? backward<double>(problem) : backward<float>(problem);
 }
 

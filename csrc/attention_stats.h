@@ -20,13 +20,13 @@ struct AttentionStats {
   bool float64 = false;
 };
 
-// Both return false when memory ran out.
-using AttentionStatsKernel = bool (*)(const AttentionStats&);
+// Both throw std::bad_alloc when memory ran out.
+using AttentionStatsKernel = void (*)(const AttentionStats&);
 
 #define MASKD_DECLARE(isa)                              \
   namespace isa {                                       \
-  bool attention_stats_forward(const AttentionStats&);  \
-  bool attention_stats_backward(const AttentionStats&); \
+  void attention_stats_forward(const AttentionStats&);  \
+  void attention_stats_backward(const AttentionStats&); \
   }
 MASKD_DECLARE(baseline)
 MASKD_DECLARE(avx2)

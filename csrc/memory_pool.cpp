@@ -25,7 +25,7 @@ struct Pool {
   int64_t in_use = 0, idle_bytes = 0, most_in_use = 0;
 
   void shrink(int64_t limit) {  // frees what has been idle longest
-    while (!idle.empty() && in_use + idle_bytes > limit) {
+    while (idle_bytes > limit) {
       idle_bytes -= idle.back().capacity;
       std::free(idle.back().data);
       idle.pop_back();
@@ -49,10 +49,9 @@ Block::Block(int64_t bytes) : bytes_(bytes), capacity_((bytes + kGranule - 1) / 
     data_ = piece->data, capacity_ = piece->capacity;
     p.idle_bytes -= capacity_, p.in_use += capacity_;
     p.idle.erase(piece);
+    if (p.in_use > p.most_in_use) p.most_in_use = p.in_use;
     return;
   }
-  if (p.in_use + capacity_ > p.most_in_use) p.most_in_use = p.in_use + capacity_;
-  p.shrink(p.most_in_use - capacity_);  // before, not after: at no time more than ever was in use
   const bool huge = capacity_ >= kHugePage;
   data_ = std::aligned_alloc(size_t(huge ? kHugePage : kGranule), size_t(capacity_));
   if (!data_) throw std::bad_alloc();
@@ -60,6 +59,7 @@ Block::Block(int64_t bytes) : bytes_(bytes), capacity_((bytes + kGranule - 1) / 
   if (huge) madvise(data_, size_t(capacity_), MADV_HUGEPAGE);
 #endif
   p.in_use += capacity_;
+  if (p.in_use > p.most_in_use) p.most_in_use = p.in_use;
 }
 
 Block::~Block() {
@@ -67,6 +67,7 @@ Block::~Block() {
   std::lock_guard<std::mutex> lock(p.mutex);
   p.in_use -= capacity_, p.idle_bytes += capacity_;
   p.idle.push_front({data_, capacity_});
+  p.shrink(2 * p.most_in_use);
 }
 
 PoolState pool_state() {
@@ -78,7 +79,7 @@ PoolState pool_state() {
 void release_idle_memory() {
   Pool& p = pool();
   std::lock_guard<std::mutex> lock(p.mutex);
-  p.shrink(p.in_use);
+  p.shrink(0);
   p.most_in_use = p.in_use;
 }
 

@@ -28,7 +28,7 @@ struct PoolState {
   int64_t in_use, idle;  // bytes
 };
 
-// Used and kept memory together never exceed what was in use at one time.
+// Idle memory never exceeds twice what was in use at one time: sizes that alternate are all kept.
 PoolState pool_state();
 void release_idle_memory();
 

@@ -331,12 +331,11 @@ void reduce_image(const Plan& plan, int64_t l, int64_t n, const double* partials
 }
 
 template <typename T>
-bool forward(const ReceptiveProblem& problem, const ReceptiveStats& out) {
+void forward(const ReceptiveProblem& problem, const ReceptiveStats& out) {
   const int64_t K = problem.num_tokens;
   Workspace plan_memory;
   int64_t* table = nullptr;
-  if (!plan_memory.provide([&](Arena& arena) { table = arena.take<int64_t>(3 * problem.num_levels + 1); }))
-    return false;
+  plan_memory.provide([&](Arena& arena) { table = arena.take<int64_t>(3 * problem.num_levels + 1); });
   const Plan plan = lay_out<T>(problem, table, problem.customize ? 2 * K : K, false);
 
   const int threads = worker_count(problem);
@@ -347,12 +346,11 @@ bool forward(const ReceptiveProblem& problem, const ReceptiveStats& out) {
   double* partials = nullptr;
   T* sums = nullptr;
   char* scratch_base = nullptr;
-  const bool enough = memory.provide([&](Arena& arena) {
+  memory.provide([&](Arena& arena) {
     partials = arena.take<double>(plan.total * partial_size);
     sums = arena.take<T>(plan.total * sums_size);
     scratch_base = arena.take<char>(threads * own_bytes);
   });
-  if (!enough) return false;
 
   int started = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -384,12 +382,11 @@ bool forward(const ReceptiveProblem& problem, const ReceptiveStats& out) {
     for (int64_t image = 0; image < problem.num_levels * problem.batch; ++image)
       reduce_image(plan, image / problem.batch, image % problem.batch, partials, partial_size, sums, sums_size, out);
   }
-  return true;
 }
 
 }  // namespace
 
-bool MASKD_ISA::receptive_forward(const ReceptiveProblem& problem, const ReceptiveStats& out) {
+void MASKD_ISA::receptive_forward(const ReceptiveProblem& problem, const ReceptiveStats& out) {
   return problem.float64 ? forward<double>(problem, out) : forward<float>(problem, out);
 }
 

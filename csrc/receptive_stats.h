@@ -52,16 +52,17 @@ struct ReceptiveProblem {
   int threads = 1;
 };
 
-// Forward: fills `out`. Returns false when memory ran out.
-using ReceptiveForward = bool (*)(const ReceptiveProblem&, const ReceptiveStats& out);
+// Forward: fills `out`.
+// Both throw std::bad_alloc when memory ran out.
+using ReceptiveForward = void (*)(const ReceptiveProblem&, const ReceptiveStats& out);
 // Backward: `saved` holds the forward's masks, teacher_masks and distance; `grad` the upstream gradients
-// of every statistic (nullptr: zero). Writes the levels' grad_* fields. Returns false when memory ran out.
-using ReceptiveBackward = bool (*)(const ReceptiveProblem&, const ReceptiveStats& saved, const ReceptiveStats& grad);
+// of every statistic (nullptr: zero). Writes the levels' grad_* fields.
+using ReceptiveBackward = void (*)(const ReceptiveProblem&, const ReceptiveStats& saved, const ReceptiveStats& grad);
 
 #define MASKD_DECLARE(isa)                                                                        \
   namespace isa {                                                                                 \
-  bool receptive_forward(const ReceptiveProblem&, const ReceptiveStats&);                         \
-  bool receptive_backward(const ReceptiveProblem&, const ReceptiveStats&, const ReceptiveStats&); \
+  void receptive_forward(const ReceptiveProblem&, const ReceptiveStats&);                         \
+  void receptive_backward(const ReceptiveProblem&, const ReceptiveStats&, const ReceptiveStats&); \
   }
 MASKD_DECLARE(baseline)
 MASKD_DECLARE(avx2)

@@ -186,7 +186,7 @@ struct BackwardTile {
 };
 
 template <typename T>
-bool backward(const ReceptiveProblem& problem, const ReceptiveStats& saved, const ReceptiveStats& grad) {
+void backward(const ReceptiveProblem& problem, const ReceptiveStats& saved, const ReceptiveStats& grad) {
   const int64_t K = problem.num_tokens;
   bool logits_wanted = false, tokens_wanted = false;
   int64_t written_bytes = 0;
@@ -200,8 +200,7 @@ bool backward(const ReceptiveProblem& problem, const ReceptiveStats& saved, cons
   }
   Workspace plan_memory;
   int64_t* table = nullptr;
-  if (!plan_memory.provide([&](Arena& arena) { table = arena.take<int64_t>(3 * problem.num_levels + 1); }))
-    return false;
+  plan_memory.provide([&](Arena& arena) { table = arena.take<int64_t>(3 * problem.num_levels + 1); });
   const Plan plan = lay_out<T>(problem, table, K, !logits_wanted);
   const bool stream = written_bytes >= kStreamBytes;
   const int threads = worker_count(problem);
@@ -211,12 +210,11 @@ bool backward(const ReceptiveProblem& problem, const ReceptiveStats& saved, cons
   Workspace memory;
   T *partials = nullptr, *sets_grad = nullptr;
   char* scratch_base = nullptr;
-  const bool enough = memory.provide([&](Arena& arena) {
+  memory.provide([&](Arena& arena) {
     partials = arena.take<T>(plan.total * partial_size);
     sets_grad = arena.take<T>(problem.batch * sets_size);
     scratch_base = arena.take<char>(threads * own_bytes);
   });
-  if (!enough) return false;
   for (int64_t n = 0; grad.sums && n < problem.batch; ++n) {
     for (int64_t c = 0; c < problem.total_channels; ++c)
       taps_to_sets(static_cast<const T*>(grad.sums) + n * sets_size + c, sets_grad + n * sets_size + c,
@@ -266,12 +264,11 @@ bool backward(const ReceptiveProblem& problem, const ReceptiveStats& saved, cons
       }
     }
   }
-  return true;
 }
 
 }  // namespace
 
-bool MASKD_ISA::receptive_backward(const ReceptiveProblem& problem, const ReceptiveStats& saved,
+void MASKD_ISA::receptive_backward(const ReceptiveProblem& problem, const ReceptiveStats& saved,
                                    const ReceptiveStats& grad) {
   return problem.float64 ? backward<double>(problem, saved, grad) : backward<float>(problem, saved, grad);
 }

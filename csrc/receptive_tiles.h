@@ -2,8 +2,7 @@
 // results of its own, which are added in a fixed order: the result does not depend on the number of threads.
 #pragma once
 
-#include <cstdlib>
-
+#include "memory_pool.h"
 #include "receptive_stats.h"
 
 namespace maskd {
@@ -28,20 +27,19 @@ struct Arena {
   }
 };
 
-// The memory of one call. `arrange(arena)` runs twice: to add up what it takes, then to take it.
+// The memory of one call, from the pool: fresh pages cost more than what is computed in them. `arrange(arena)` runs
+// twice: to add up what it takes, then to take it.
 struct Workspace {
-  void* block = nullptr;
-  ~Workspace() { std::free(block); }
+  Block* block = nullptr;
+  ~Workspace() { delete block; }
 
   template <typename Arrange>
-  bool provide(Arrange arrange) {
+  void provide(Arrange arrange) {
     Arena sizes;
     arrange(sizes);
-    block = std::malloc(size_t(sizes.used + kVectorBytes));
-    if (!block) return false;
-    Arena arena{static_cast<char*>(block) + (-reinterpret_cast<intptr_t>(block) & (kVectorBytes - 1))};
+    block = new Block(sizes.used + kVectorBytes);
+    Arena arena{static_cast<char*>(block->data())};
     arrange(arena);
-    return true;
   }
 };
 

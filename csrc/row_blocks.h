@@ -3,9 +3,8 @@
 // columns is summed per block first and over the blocks in a fixed order: results do not depend on the threads.
 #pragma once
 
-#include <cstdlib>
-
 #include "common.h"
+#include "memory_pool.h"
 
 namespace maskd {
 
@@ -19,7 +18,8 @@ struct MapShape {
 namespace {
 
 constexpr int64_t kBlockElements = 1 << 16;  // of a block, or kLeastRows
-constexpr int64_t kLeastRows = 16;           // so that column sums of blocks are few beside the map
+constexpr int64_t kStreamedRow = 256;
+constexpr int64_t kLeastRows = 16;  // so that column sums of blocks are few beside the map
 
 struct RowBlocks {
   MapShape shape;
@@ -41,8 +41,9 @@ struct RowBlocks {
     return n * feature.stride_n + row * (shape.interleaved ? feature.stride_p : feature.stride_c);
   }
 
+  // Past the caches, where the result is large and its rows are long enough for whole lines.
   bool streams(const Feature& result) const {
-    return shape.batch * rows * columns * size_of(result.dtype) >= kStreamBytes;
+    return columns >= kStreamedRow && shape.batch * rows * columns * size_of(result.dtype) >= kStreamBytes;
   }
 
   // visit(n, block, first row, last row) for every block, in parallel.
@@ -68,15 +69,14 @@ struct RowBlocks {
   }
 };
 
-// Memory that frees itself; `data` is nullptr when there was none. (Nothing of the standard library that the linker
-// could share between instruction sets.)
+// Zeros from the pool.
 template <typename T>
 struct Buffer {
+  Block block;
   T* data;
-  explicit Buffer(int64_t count) : data(static_cast<T*>(std::calloc(size_t(count + 1), sizeof(T)))) {}
-  ~Buffer() { std::free(data); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
+  explicit Buffer(int64_t count) : block((count + 1) * int64_t(sizeof(T))), data(static_cast<T*>(block.data())) {
+    std::memset(data, 0, size_t(count) * sizeof(T));
+  }
 };
 
 // Sums down the columns, [N, blocks, columns] while the blocks run.
@@ -88,8 +88,6 @@ struct ColumnSums {
 
   ColumnSums(const RowBlocks& b, bool are_wanted)
       : blocks(b), wanted(are_wanted), partials(wanted ? b.shape.batch * b.count * b.columns : 0) {}
-
-  bool ready() const { return partials.data != nullptr; }
 
   MASKD_INLINE T* row(int64_t n, int64_t block) const {
     return wanted ? partials.data + (n * blocks.count + block) * blocks.columns : nullptr;

@@ -5,7 +5,7 @@ namespace maskd {
 namespace {
 
 template <typename T>
-bool forward(const ScalePixels& problem) {
+void forward(const ScalePixels& problem) {
   const RowBlocks blocks(problem.shape);
   const bool stream = blocks.streams(problem.y);
   blocks.each([&](int64_t n, int64_t, int64_t first, int64_t last) {
@@ -25,16 +25,14 @@ bool forward(const ScalePixels& problem) {
       });
     }
   });
-  return true;
 }
 
 template <typename T>
-bool backward(const ScalePixels& problem) {
+void backward(const ScalePixels& problem) {
   const RowBlocks blocks(problem.shape);
   const bool interleaved = problem.shape.interleaved, scale_wanted = problem.grad_scale != nullptr;
   const bool stream = problem.grad_x.present() && blocks.streams(problem.grad_x);
   const ColumnSums<T> sums(blocks, scale_wanted && !interleaved);
-  if (!sums.ready()) return false;
   T* grad_scale = static_cast<T*>(problem.grad_scale);
   blocks.each([&](int64_t n, int64_t block, int64_t first, int64_t last) {
     alignas(64) T read_g[kPiece], read_x[kPiece], staged[kPiece];
@@ -69,16 +67,15 @@ bool backward(const ScalePixels& problem) {
     }
   });
   if (scale_wanted && !interleaved) sums.total(grad_scale, T(1));
-  return true;
 }
 
 }  // namespace
 
-bool MASKD_ISA::scale_pixels_forward(const ScalePixels& problem) {
+void MASKD_ISA::scale_pixels_forward(const ScalePixels& problem) {
   return problem.float64 ? forward<double>(problem) : forward<float>(problem);
 }
 
-bool MASKD_ISA::scale_pixels_backward(const ScalePixels& problem) {
+void MASKD_ISA::scale_pixels_backward(const ScalePixels& problem) {
   return problem.float64 ? backward<double>(problem) : backward<float>(problem);
 }
 

@@ -20,13 +20,13 @@ struct ScalePixels {
   bool float64 = false;
 };
 
-// Both return false when memory ran out.
-using ScalePixelsKernel = bool (*)(const ScalePixels&);
+// Both throw std::bad_alloc when memory ran out.
+using ScalePixelsKernel = void (*)(const ScalePixels&);
 
 #define MASKD_DECLARE(isa)                        \
   namespace isa {                                 \
-  bool scale_pixels_forward(const ScalePixels&);  \
-  bool scale_pixels_backward(const ScalePixels&); \
+  void scale_pixels_forward(const ScalePixels&);  \
+  void scale_pixels_backward(const ScalePixels&); \
   }
 MASKD_DECLARE(baseline)
 MASKD_DECLARE(avx2)

@@ -28,10 +28,9 @@ MASKD_INLINE void with_scale(const SquaredError& problem, int64_t n, int64_t row
 }
 
 template <typename T>
-bool forward(const SquaredError& problem) {
+void forward(const SquaredError& problem) {
   const RowBlocks blocks(problem.shape);
   const Buffer<double> partials(problem.shape.batch * blocks.count);
-  if (!partials.data) return false;
   blocks.each([&](int64_t n, int64_t block, int64_t first, int64_t last) {
     alignas(64) T read_p[kPiece], read_t[kPiece];
     double total = 0;
@@ -59,17 +58,15 @@ bool forward(const SquaredError& problem) {
     for (int64_t block = 0; block < blocks.count; ++block) total += partials.data[n * blocks.count + block];
     static_cast<T*>(problem.error)[n] = T(total);
   }
-  return true;
 }
 
 template <typename T>
-bool backward(const SquaredError& problem) {
+void backward(const SquaredError& problem) {
   const RowBlocks blocks(problem.shape);
   const bool interleaved = problem.shape.interleaved, scale_wanted = problem.grad_scale != nullptr;
   const bool stream_pred = problem.grad_pred.present() && blocks.streams(problem.grad_pred);
   const bool stream_target = problem.grad_target.present() && blocks.streams(problem.grad_target);
   const ColumnSums<T> sums(blocks, scale_wanted && interleaved);
-  if (!sums.ready()) return false;
   T* grad_scale = static_cast<T*>(problem.grad_scale);
   blocks.each([&](int64_t n, int64_t block, int64_t first, int64_t last) {
     alignas(64) T read_p[kPiece], read_t[kPiece], staged[kPiece];
@@ -101,16 +98,15 @@ bool backward(const SquaredError& problem) {
     }
   });
   if (scale_wanted && interleaved) sums.total(grad_scale, T(1));
-  return true;
 }
 
 }  // namespace
 
-bool MASKD_ISA::squared_error_forward(const SquaredError& problem) {
+void MASKD_ISA::squared_error_forward(const SquaredError& problem) {
   return problem.float64 ? forward<double>(problem) : forward<float>(problem);
 }
 
-bool MASKD_ISA::squared_error_backward(const SquaredError& problem) {
+void MASKD_ISA::squared_error_backward(const SquaredError& problem) {
   return problem.float64 ? backward<double>(problem) : backward<float>(problem);
 }
 

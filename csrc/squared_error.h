@@ -22,13 +22,13 @@ struct SquaredError {
   bool float64 = false;
 };
 
-// Both return false when memory ran out.
-using SquaredErrorKernel = bool (*)(const SquaredError&);
+// Both throw std::bad_alloc when memory ran out.
+using SquaredErrorKernel = void (*)(const SquaredError&);
 
 #define MASKD_DECLARE(isa)                          \
   namespace isa {                                   \
-  bool squared_error_forward(const SquaredError&);  \
-  bool squared_error_backward(const SquaredError&); \
+  void squared_error_forward(const SquaredError&);  \
+  void squared_error_backward(const SquaredError&); \
   }
 MASKD_DECLARE(baseline)
 MASKD_DECLARE(avx2)

@@ -63,7 +63,7 @@ _POOLED_BYTES = 1 << 20  # smaller blocks the C library keeps and reuses by itse
 def empty(shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None) -> Tensor:
     """An uninitialised dense CPU tensor, contiguous by default; a large one in memory kept from step to step.
 
-    Kept memory never exceeds what was in use at one time; ``release_memory()`` returns it to the system.
+    Idle memory never exceeds twice what was in use at one time; ``release_memory()`` returns it to the system.
     """
     count = math.prod(shape)
     stride = torch.empty(shape, device="meta").stride() if stride is None else stride

@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -70,10 +69,6 @@ ReceptiveProblem problem(const std::vector<ReceptiveLevel>& levels, int64_t batc
   return p;
 }
 
-void check(bool enough_memory) {
-  if (!enough_memory) throw std::bad_alloc();
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -119,7 +114,7 @@ PYBIND11_MODULE(_native, m) {
         const ReceptiveProblem p = problem(levels, batch, num_tokens, float64, customize, threads);
         const ReceptiveStats s = stats(out);
         py::gil_scoped_release release;
-        check(selected->receptive_forward(p, s));
+        selected->receptive_forward(p, s);
       },
       py::arg("levels"), py::arg("batch"), py::arg("num_tokens"), py::arg("float64"), py::arg("customize"),
       py::arg("threads"), py::arg("out"));
@@ -131,7 +126,7 @@ PYBIND11_MODULE(_native, m) {
         const ReceptiveProblem p = problem(levels, batch, num_tokens, float64, customize, threads);
         const ReceptiveStats s = stats(saved), g = stats(grad);
         py::gil_scoped_release release;
-        check(selected->receptive_backward(p, s, g));
+        selected->receptive_backward(p, s, g);
       },
       py::arg("levels"), py::arg("batch"), py::arg("num_tokens"), py::arg("float64"), py::arg("customize"),
       py::arg("threads"), py::arg("saved"), py::arg("grad"));
@@ -148,7 +143,7 @@ PYBIND11_MODULE(_native, m) {
         ScalePixels p;
         p.shape = shape, p.x = feature(x), p.y = feature(y), p.scale = pointer(scale), p.float64 = float64;
         py::gil_scoped_release release;
-        check(selected->scale_pixels_forward(p));
+        selected->scale_pixels_forward(p);
       },
       py::arg("shape"), py::arg("x"), py::arg("y"), py::arg("scale"), py::arg("float64"));
 
@@ -160,7 +155,7 @@ PYBIND11_MODULE(_native, m) {
         p.shape = shape, p.x = feature(x), p.grad_y = feature(grad_y), p.grad_x = feature(grad_x);
         p.scale = pointer(scale), p.grad_scale = pointer(grad_scale), p.float64 = float64;
         py::gil_scoped_release release;
-        check(selected->scale_pixels_backward(p));
+        selected->scale_pixels_backward(p);
       },
       py::arg("shape"), py::arg("x"), py::arg("grad_y"), py::arg("grad_x"), py::arg("scale"), py::arg("grad_scale"),
       py::arg("float64"));
@@ -173,7 +168,7 @@ PYBIND11_MODULE(_native, m) {
         p.shape = shape, p.pred = feature(pred), p.target = feature(target);
         p.scale = pointer(scale), p.error = pointer(error), p.float64 = float64;
         py::gil_scoped_release release;
-        check(selected->squared_error_forward(p));
+        selected->squared_error_forward(p);
       },
       py::arg("shape"), py::arg("pred"), py::arg("target"), py::arg("scale"), py::arg("error"), py::arg("float64"));
 
@@ -186,7 +181,7 @@ PYBIND11_MODULE(_native, m) {
         p.grad_pred = feature(grad_pred), p.grad_target = feature(grad_target);
         p.scale = pointer(scale), p.grad_scale = pointer(grad_scale), p.grad = pointer(grad), p.float64 = float64;
         py::gil_scoped_release release;
-        check(selected->squared_error_backward(p));
+        selected->squared_error_backward(p);
       },
       py::arg("shape"), py::arg("pred"), py::arg("target"), py::arg("grad_pred"), py::arg("grad_target"),
       py::arg("scale"), py::arg("grad_scale"), py::arg("grad"), py::arg("float64"));
@@ -198,7 +193,7 @@ PYBIND11_MODULE(_native, m) {
         p.shape = shape, p.x = feature(x), p.attention = pointer(attention), p.mean = pointer(mean);
         p.float64 = float64;
         py::gil_scoped_release release;
-        check(selected->attention_stats_forward(p));
+        selected->attention_stats_forward(p);
       },
       py::arg("shape"), py::arg("x"), py::arg("attention"), py::arg("mean"), py::arg("float64"));
 
@@ -210,7 +205,7 @@ PYBIND11_MODULE(_native, m) {
         p.shape = shape, p.x = feature(x), p.grad_x = feature(grad_x);
         p.grad_attention = pointer(grad_attention), p.grad_mean = pointer(grad_mean), p.float64 = float64;
         py::gil_scoped_release release;
-        check(selected->attention_stats_backward(p));
+        selected->attention_stats_backward(p);
       },
       py::arg("shape"), py::arg("x"), py::arg("grad_x"), py::arg("grad_attention"), py::arg("grad_mean"),
       py::arg("float64"));

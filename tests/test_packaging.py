@@ -92,7 +92,7 @@ def test_version_is_in_one_place():
 def test_public_names_are_documented():
     for name in maskd_kernels.__all__:
         thing = getattr(maskd_kernels, name)
-        if name != "__version__":
+        if callable(thing):
             assert thing.__doc__, name
 
 

@@ -296,3 +296,16 @@ def test_results_may_be_changed_in_place(backend, layout, size):
     assert torch.equal(y, expected)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     assert_close(gradient, (expected > 0) * scale.detach().double().reshape(1, 1, *size), 1e-6, "x")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU launching is what costs")
+def test_small_maps_go_to_pytorch(operator):
+    """Where calling an operator costs more than it saves; the results are the same."""
+    for shape, small_one in (((2, 4, 5, 6), True), ((2, 64, 80, 80), False)):
+        inputs = OPERATORS[operator][2](shape)
+        outputs = flat(OPERATORS[operator][0](*inputs))
+        assert ("maskd_kernels" in str(outputs[0].grad_fn)) != small_one
+        with use_backend(FLOAT64_BACKENDS[-1]):
+            forced = flat(OPERATORS[operator][0](*inputs))
+        for i, (a, b) in enumerate(zip(outputs, forced, strict=True)):
+            assert_close(a, b, 2e-6, f"output {i}")

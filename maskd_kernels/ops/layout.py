@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from maskd_kernels import native
+from maskd_kernels import backends, native
 
 
 class Feature(NamedTuple):
@@ -71,3 +71,10 @@ def copy_all(destinations: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
 def describe_result(results: Sequence[Tensor], level: int) -> tuple[int, int, int, int, int]:
     """A level's result as the extension takes it; absent where results are not wanted."""
     return native.describe(dense_view(results[level]).view) if results else native.ABSENT
+
+
+def is_small(levels: Sequence[Tensor], elements: int) -> bool:
+    """Whether PyTorch's own operations are faster on a CPU, as calling a custom operator costs more than it saves."""
+    if backends.current_backend() != "auto" or levels[0].device.type != "cpu":
+        return False
+    return sum(level.numel() for level in levels) < elements

@@ -58,7 +58,12 @@ def receptive_stats(
 
 
 def _empty_stats(
-    teacher: Sequence[Tensor], tokens: Sequence[Tensor], student: Sequence[Tensor], customized: bool, sums: bool
+    teacher: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    student: Sequence[Tensor],
+    customized: bool,
+    sums: bool,
+    pooled: bool = False,
 ) -> ReceptiveStats:
     """Memory for the results; also the shapes that tracing sees."""
     dtype = compute_dtype(teacher[0].dtype)
@@ -66,7 +71,8 @@ def _empty_stats(
     pixels, channels = sum(math.prod(t.shape[2:]) for t in teacher), sum(t.shape[1] for t in teacher)
 
     def empty(*shape: int, wanted: bool = True) -> Tensor:
-        return teacher[0].new_empty(shape if wanted else (0,), dtype=dtype)
+        size = shape if wanted else (0,)
+        return native.empty(size, dtype) if pooled else teacher[0].new_empty(size, dtype=dtype)
 
     return ReceptiveStats(
         masks=empty(n, k, pixels),
@@ -94,7 +100,7 @@ def _forward(
     if backend == "reference":
         with torch.autocast(teacher[0].device.type, enabled=False):
             return tuple(reference.receptive_stats(teacher, tokens, student, customize, sums))
-    out = _empty_stats(teacher, tokens, student, customize is not None, sums)
+    out = _empty_stats(teacher, tokens, student, customize is not None, sums, pooled=backend == "native")
     if backend == "native":
         _native_forward(teacher, tokens, student, customize, out)
     else:
