@@ -59,7 +59,7 @@ def time_once(call: Callable[[], Any]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def interleaved(calls: dict[str, Callable[[], float]], seconds: float, least: int = 5) -> dict[str, Timing]:
+def interleaved(calls: dict[str, Callable[[], float]], seconds: float, least: int = 3) -> dict[str, Timing]:
     """Each call once per round in a new random order, round after round: drift hits all alike.
 
     Calls return their own milliseconds. One that takes more than its share of the time leaves after ``least`` rounds.
