@@ -19,7 +19,7 @@ KEPT_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
     "MALLOC_TOP_PAD_": str(256 << 20),
 }
-OURS = ("triton", "native", "reference")
+OURS = ("auto", "triton", "native", "reference")
 
 
 def run_both(subject: Any, name: str) -> tuple[list[Any], list[Any]]:

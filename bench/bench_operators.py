@@ -1,7 +1,7 @@
 """The operators beside ``receptive_stats``, forward and backward, each against the same composed of PyTorch.
 
 - ``eager``: PyTorch, eager; ``compiled``: under ``torch.compile``
-- ``reference`` / ``native`` / ``triton``: our backends
+- ``reference`` / ``native`` / ``triton``: our backends; ``auto``: what users get, PyTorch's own for small maps
 - ``eager_channels_last``: of ``masked_conv``, the library's convolution in the layout it likes best
 
 ``attention_stats`` is forward only: the teacher is frozen wherever it is used.

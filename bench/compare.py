@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-OURS = ("native", "triton")
+OURS = ("auto", "native", "triton")
 
 
 def ratios(path: Path) -> dict[tuple[str, str, str], float]:

@@ -16,7 +16,7 @@ README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "benchmarks.md"
 DEMO = ROOT / "docs" / "demo" / "results.md"
 RESULTS = ROOT / "bench" / "results"
-OURS = ("triton", "native")
+OURS = ("auto", "triton", "native")
 COMPETITORS = {
     "published_as_shipped": "published, as shipped",
     "published": "published",

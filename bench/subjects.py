@@ -48,7 +48,7 @@ def features(case: Case, device: str, count: int) -> list[list[Tensor]]:
 
 
 def by_backend(function: Callable[[], Outputs], device: str) -> dict[str, Callable[[], Outputs]]:
-    """Our function, once per backend that runs here."""
+    """Our function, once per backend that runs here, and as users get it (``auto``)."""
 
     def forced(backend: str) -> Callable[[], Outputs]:
         def run() -> Outputs:
@@ -57,7 +57,7 @@ def by_backend(function: Callable[[], Outputs], device: str) -> dict[str, Callab
 
         return run
 
-    names = ("reference", "native", "triton")
+    names = ("reference", "native", "triton", "auto")
     return {n: forced(n) for n in names if backends.why_unavailable(n, device, torch.float32) is None}
 
 
