@@ -10,10 +10,10 @@ from bench.document import COMPETITORS, ROOT, load, millis, ours
 FOLDER = ROOT / "docs" / "benchmarks"
 
 
-def _axes(rows: int, path: Path, draw: Any) -> None:
+def _axes(rows: float, path: Path, draw: Any) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 0.55 * rows + 1.4), layout="constrained")
+    figure = Figure(figsize=(9, 0.55 * rows + 1.4), layout="constrained")
     draw(figure.subplots())
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, format="png")
@@ -34,7 +34,8 @@ def _bars(results: list[dict[str, Any]], value: Any, label: str, path: Path) -> 
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_xlabel(label)
         axis.invert_yaxis()
-        axis.legend(frameon=False, fontsize=7)
+        axis.margins(x=0.12, y=0.01)
+        axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
     _axes(len(results), path, draw)
 
@@ -70,7 +71,7 @@ def draw_roofline(results: list[dict[str, Any]], path: Path) -> None:
             for name, colour in (
                 (ours(result), "tab:green"),
                 ("simplified_compiled", "tab:orange"),
-                ("compiled", "tab:red"),
+                ("compiled", "tab:orange"),
             ):
                 time = millis(result, name)
                 if time:
@@ -80,9 +81,10 @@ def draw_roofline(results: list[dict[str, Any]], path: Path) -> None:
         axis.set_yticks(range(len(results)), [f"{r['case']['subject']}: {r['title']}" for r in results], fontsize=6)
         axis.set_xlabel("GB/s on the case's compulsory units, caches cold")
         axis.invert_yaxis()
-        axis.legend(frameon=False, fontsize=7)
+        axis.margins(y=0.01)
+        axis.legend(frameon=False, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
 
-    _axes(len(results), path, draw)
+    _axes(0.7 * len(results), path, draw)
 
 
 def main() -> None:
