@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from maskd_kernels import MasKDLoss, receptive_masks
+from maskd_kernels import AMDLoss, MasKDLoss, MGDLoss, receptive_masks
 from maskd_kernels.ops.receptive_stats import receptive_stats
 
 pytestmark = [
@@ -21,9 +21,18 @@ def step(loss_fn, student, teacher):
     return [loss, *torch.autograd.grad(loss, student)]
 
 
-def test_the_host_never_waits():
+LOSSES = {
+    "maskd": lambda: MasKDLoss([64] * 3, custom_mask_warmup=1),
+    "mgd": lambda: MGDLoss([64] * 3, [64] * 3).bfloat16(),
+    "mgd_channels": lambda: MGDLoss([64] * 3, [64] * 3, mask_on_channel=True).bfloat16(),
+    "amd": lambda: AMDLoss([64] * 3, [64] * 3).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_the_host_never_waits(name):
     student, teacher = [x.requires_grad_() for x in pyramid()], pyramid()
-    loss_fn = MasKDLoss([64] * 3, custom_mask_warmup=1).cuda()
+    loss_fn = LOSSES[name]().cuda()
     step(loss_fn, student, teacher)  # compiles
     try:
         torch.cuda.set_sync_debug_mode("error")

@@ -19,7 +19,7 @@ from maskd_kernels.reference import compute_dtype
 
 _NAME = "maskd_kernels::attention_stats"
 _BACKWARD_NAME = "maskd_kernels::attention_stats_backward"
-_SMALL = 1 << 18  # elements; measured on two cores
+_SMALL = 1 << 19  # elements; measured on two cores
 
 torch.library.define(_NAME, "(Tensor[] x) -> (Tensor[], Tensor[])")
 torch.library.define(_BACKWARD_NAME, "(Tensor[] x, Tensor[] grad_attention, Tensor[] grad_mean) -> Tensor[]")
