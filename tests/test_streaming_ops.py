@@ -275,9 +275,10 @@ def test_overflowing_half_precision(backend):
     assert squared_error(pred, target).item() == 8 * 256 * 40000.0
 
 
-def test_attention_has_no_gradient_at_zero(backend):
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_attention_has_no_gradient_at_zero(backend, memory_format):
     """|x| has none there: as PyTorch's sign(0) = 0."""
-    x = torch.zeros(1, 3, 4, 4, device=DEVICE, requires_grad=True)
+    x = torch.zeros(1, 3, 4, 4, device=DEVICE).contiguous(memory_format=memory_format).requires_grad_()
     attention, _ = attention_stats([x])
     assert torch.equal(torch.autograd.grad(attention[0].sum(), x)[0], torch.zeros_like(x))
 
