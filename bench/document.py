@@ -30,10 +30,9 @@ COMPETITORS = {
 }
 
 
-def load(suite: str, keep_memory: bool = False) -> list[tuple[Path, dict[str, Any]]]:
+def load(suite: str) -> list[tuple[Path, dict[str, Any]]]:
     """The committed results of a suite, one per device."""
-    name = f"{suite}{'-keep-memory' if keep_memory else ''}.json"
-    return [(path, json.loads(path.read_text())) for path in sorted(RESULTS.glob(f"*/{name}"))]
+    return [(path, json.loads(path.read_text())) for path in sorted(RESULTS.glob(f"*/{suite}.json"))]
 
 
 def ours(result: dict[str, Any]) -> str:

@@ -209,10 +209,7 @@ def maskd_loss(
         >>> loss = maskd_kernels.maskd_loss(student, torch.randn(2, 16, 8, 8), torch.randn(6, 16))
         >>> loss.backward()
     """
-    t, s = (
-        as_features(teacher, "teacher", channel_dim),
-        as_features(student, "student", channel_dim),
-    )
+    t, s = as_features(teacher, "teacher", channel_dim), as_features(student, "student", channel_dim)
     e, w = as_levels(tokens, "tokens"), _as_weighting(weighting)
     match_features(s, t)
     match_tokens(e, t)
@@ -258,10 +255,7 @@ def masked_mse(
         >>> inside[:, :, 2:6, 2:6] = True
         >>> loss = maskd_kernels.masked_mse(student, teacher, inside)
     """
-    t, s = (
-        as_features(teacher, "teacher", channel_dim),
-        as_features(student, "student", channel_dim),
-    )
+    t, s = as_features(teacher, "teacher", channel_dim), as_features(student, "student", channel_dim)
     match_features(s, t)
     m = as_levels(masks, "masks")
     match_count(m, "masks", t, "teacher")

@@ -66,9 +66,9 @@ def empty(shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None
     Idle memory never exceeds twice what was in use at one time; ``release_memory()`` returns it to the system.
     """
     count = math.prod(shape)
-    stride = torch.empty(shape, device="meta").stride() if stride is None else stride
     if count * dtype.itemsize < _POOLED_BYTES:
-        return torch.empty_strided(shape, stride, dtype=dtype)
+        return torch.empty(shape, dtype=dtype) if stride is None else torch.empty_strided(shape, stride, dtype=dtype)
+    stride = torch.empty(shape, device="meta").stride() if stride is None else stride
     memory = torch.frombuffer(module().Block(count * dtype.itemsize), dtype=torch.uint8)
     # Not a view of another tensor: what is returned to users may be changed in place.
     tensor = torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, tuple(shape), tuple(stride))

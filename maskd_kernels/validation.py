@@ -118,6 +118,16 @@ def match_weighting(weighting: Sequence[MaskWeighting], teacher: list[Tensor], n
                 raise ValueError(f"{label}.{field}: expected device {t.device} like the features, got {got.device}")
 
 
+def check_scale(scale: Tensor, label: str, expected: list[int], features: Tensor) -> None:
+    """One factor or mask: its dtype, its shape, and the device of the features it belongs to."""
+    if scale.dtype != torch.bool and scale.dtype not in FLOATING:
+        raise TypeError(f"{label}: expected a floating dtype or bool, got {scale.dtype}")
+    if list(scale.shape) != expected:
+        raise ValueError(f"{label}: expected {expected} for features of {shape_of(features)}, got {shape_of(scale)}")
+    if scale.device != features.device:
+        raise ValueError(f"{label}: expected device {features.device} like the features, got {scale.device}")
+
+
 def match_scale(scale: Levels, name: str, x: list[Tensor], axis: str, like: str) -> list[Tensor]:
     """One number per pixel (``axis`` spatial) or per channel (``axis`` channels) of each level, flattened."""
     found = as_levels(scale, name)
@@ -125,10 +135,5 @@ def match_scale(scale: Levels, name: str, x: list[Tensor], axis: str, like: str)
     for i, (s, level) in enumerate(zip(found, x, strict=True)):
         label = level_name(name, i, len(x))
         expected = [level.shape[0], *level.shape[2:]] if axis == "spatial" else list(level.shape[:2])
-        if s.dtype != torch.bool and s.dtype not in FLOATING:
-            raise TypeError(f"{label}: expected a floating dtype or bool, got {s.dtype}")
-        if list(s.shape) != expected:
-            raise ValueError(f"{label}: expected {expected} for features of {shape_of(level)}, got {shape_of(s)}")
-        if s.device != level.device:
-            raise ValueError(f"{label}: expected device {level.device} like the features, got {s.device}")
+        check_scale(s, label, expected, level)
     return [s.flatten(1) for s in found]

@@ -13,7 +13,7 @@ from torch import Tensor
 from maskd_kernels import functional
 from maskd_kernels.losses.generation import Channels, GenerativeLoss
 from maskd_kernels.ops.masked_conv import masked_conv
-from maskd_kernels.validation import FLOATING, Levels, as_levels, level_name, match_count, shape_of
+from maskd_kernels.validation import Levels, as_levels, check_scale, level_name, match_count
 
 # From here on the first convolution is computed from the kept pixels alone (bench: masked_conv).
 LEAST_MASKED, LEAST_CHANNELS, LEAST_PIXELS = 0.4, 128, 1024
@@ -156,13 +156,7 @@ class MGDLoss(GenerativeLoss):
         masks = as_levels(keep, "keep")
         match_count(masks, "keep", teacher, "preds_T")
         for i, (mask, t) in enumerate(zip(masks, teacher, strict=True)):
-            label, expected = level_name("keep", i, len(teacher)), self._mask_shape(t)
-            if mask.dtype != torch.bool and mask.dtype not in FLOATING:
-                raise TypeError(f"{label}: expected a floating dtype or bool, got {mask.dtype}")
-            if list(mask.shape) != expected:
-                raise ValueError(f"{label}: expected {expected} for features of {shape_of(t)}, got {shape_of(mask)}")
-            if mask.device != t.device:
-                raise ValueError(f"{label}: expected device {t.device} like the features, got {mask.device}")
+            check_scale(mask, level_name("keep", i, len(teacher)), self._mask_shape(t), t)
         return masks
 
     def extra_repr(self) -> str:

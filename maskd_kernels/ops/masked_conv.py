@@ -112,11 +112,10 @@ def _backward(
     if needs[2]:
         grad_bias.copy_(grad.sum((0, 2, 3)))
     if not _gathers(x):
-        masked = x * keep[:, None]
         if needs[0]:
             grad_x.copy_(conv2d_input(x.shape, weight, grad, padding=1) * keep[:, None])
         if needs[1]:
-            grad_weight.copy_(conv2d_weight(masked, weight.shape, grad, padding=1))
+            grad_weight.copy_(conv2d_weight(x * keep[:, None], weight.shape, grad, padding=1))
         return grad_x, grad_weight, grad_bias
     matrix = _as_matrix(weight)
     # A pixel meets tap (i, j) in the output (1 - i, 1 - j) away from it; a border of zeros stands for those outside.
