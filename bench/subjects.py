@@ -57,8 +57,8 @@ def by_backend(function: Callable[[], Outputs], device: str) -> dict[str, Callab
 
         return run
 
-    names = ("reference", "native", "triton", "auto")
-    return {n: forced(n) for n in names if backends.why_unavailable(n, device, torch.float32) is None}
+    names = [n for n in ("reference", "native", "triton") if backends.why_unavailable(n, device, torch.float32) is None]
+    return {**{n: forced(n) for n in names}, "auto": function}
 
 
 def streaming_pass(case: Case, device: str, units: float = 3) -> Callable[[], Any]:

@@ -7,6 +7,7 @@ namespace {
   {#isa,                          \
    isa::receptive_forward,        \
    isa::receptive_backward,       \
+   isa::maskd_loss,               \
    isa::scale_pixels_forward,     \
    isa::scale_pixels_backward,    \
    isa::squared_error_forward,    \

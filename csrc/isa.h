@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_stats.h"
+#include "maskd_loss.h"
 #include "receptive_stats.h"
 #include "scale_pixels.h"
 #include "squared_error.h"
@@ -14,6 +15,7 @@ struct Kernels {
   const char* isa;
   ReceptiveForward receptive_forward;
   ReceptiveBackward receptive_backward;
+  MaskdLossKernel maskd_loss;
   ScalePixelsKernel scale_pixels_forward, scale_pixels_backward;
   SquaredErrorKernel squared_error_forward, squared_error_backward;
   AttentionStatsKernel attention_stats_forward, attention_stats_backward;

@@ -20,28 +20,6 @@ struct BackwardScratch {
   }
 };
 
-// coefficient[p] = 2 * (sum_k g_error[k] * mask[k,p]^2 + g_distance[p]), so that d student = coefficient * (student -
-// teacher).
-template <typename T>
-void student_coefficient(const ReceptiveProblem& problem, const Tile& tile, const ReceptiveStats& saved,
-                         const ReceptiveStats& grad, T* coefficient) {
-  const int64_t K = problem.num_tokens, P = problem.total_pixels, column = tile.level->pixel_offset + tile.begin;
-  const T* distance_grad = static_cast<const T*>(grad.distance);
-  const T* error_grad = static_cast<const T*>(grad.error);
-  if (error_grad) error_grad += (tile.level_index * problem.batch + tile.n) * K;
-  for (int64_t begin = 0; begin < tile.count; begin += kPiece) {
-    const int64_t count = tile.count - begin < kPiece ? tile.count - begin : kPiece;
-    T* piece = coefficient + begin;
-    for (int64_t i = 0; i < count; ++i)
-      piece[i] = distance_grad ? 2 * distance_grad[tile.n * P + column + begin + i] : T(0);
-    for (int64_t k = 0; error_grad && k < K; ++k) {
-      const T* mask = static_cast<const T*>(saved.masks) + (tile.n * K + k) * P + column + begin;
-      const T factor = 2 * error_grad[k];
-      for (int64_t i = 0; i < count; ++i) piece[i] += factor * mask[i] * mask[i];
-    }
-  }
-}
-
 // grad_logits[k,p] = M (1 - M_T) (g_mass + 2 g_error M D + sum_l (g_gram + g_gram^T)[k,l] M_l + g_masks).
 template <typename T>
 void token_logit_gradients(const ReceptiveProblem& problem, const Tile& tile, const ReceptiveStats& saved,
@@ -236,7 +214,8 @@ void backward(const ReceptiveProblem& problem, const ReceptiveStats& saved, cons
       const int64_t task = plan.total - 1 - step;
       const Tile tile = plan.tile(task);
       const ReceptiveLevel& level = *tile.level;
-      if (level.student.present()) student_coefficient(problem, tile, saved, grad, scratch.coefficient);
+      if (level.student.present())
+        student_coefficient<T>(problem, tile, saved.masks, grad.error, grad.distance, scratch.coefficient);
       if (logits_wanted) token_logit_gradients(problem, tile, saved, grad, scratch.grad_logits);
       const T* sums_grad = grad.sums ? sets_grad + tile.n * sets_size : nullptr;
       const BackwardTile<T> work{

@@ -181,5 +181,27 @@ void add_run(T* to, const T* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
+// coefficient[p] = 2 * (sum_k g_error[k] * mask[k,p]^2 + g_distance[p]), so that d student = coefficient * (student -
+// teacher). masks [N, K, P]; upstream gradients g_error [L, N, K] and g_distance [N, P], or nullptr.
+template <typename T>
+void student_coefficient(const ReceptiveProblem& problem, const Tile& tile, const void* masks, const void* grad_error,
+                         const void* grad_distance, T* coefficient) {
+  const int64_t K = problem.num_tokens, P = problem.total_pixels, column = tile.level->pixel_offset + tile.begin;
+  const T* distance_grad = static_cast<const T*>(grad_distance);
+  const T* error_grad = static_cast<const T*>(grad_error);
+  if (error_grad) error_grad += (tile.level_index * problem.batch + tile.n) * K;
+  for (int64_t begin = 0; begin < tile.count; begin += kPiece) {
+    const int64_t count = tile.count - begin < kPiece ? tile.count - begin : kPiece;
+    T* piece = coefficient + begin;
+    for (int64_t i = 0; i < count; ++i)
+      piece[i] = distance_grad ? 2 * distance_grad[tile.n * P + column + begin + i] : T(0);
+    for (int64_t k = 0; error_grad && k < K; ++k) {
+      const T* mask = static_cast<const T*>(masks) + (tile.n * K + k) * P + column + begin;
+      const T factor = 2 * error_grad[k];
+      for (int64_t i = 0; i < count; ++i) piece[i] += factor * mask[i] * mask[i];
+    }
+  }
+}
+
 }  // namespace
 }  // namespace maskd

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from maskd_kernels.ops import attention_stats as attention_op
+from maskd_kernels.ops import maskd_loss as loss_op
 from maskd_kernels.ops import scale_pixels as scale_op
 from maskd_kernels.ops import squared_error as error_op
 from maskd_kernels.ops.receptive_stats import receptive_stats
@@ -56,6 +57,16 @@ def _as_weighting(weighting: MaskWeighting | Sequence[MaskWeighting] | None) -> 
 # ---- The operator's results combined -----------------------------------------------------------
 
 
+def _computable(
+    teacher: list[Tensor], tokens: list[Tensor], student: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The dtypes that the kernels take: one float64 makes all float64; tokens come in the compute dtype."""
+    if any(x.dtype == torch.float64 for x in (*teacher, *tokens, *student)):
+        teacher, student = [t.double() for t in teacher], [s.double() for s in student]
+    dtype = compute_dtype(teacher[0].dtype)
+    return teacher, [e.to(dtype) for e in tokens], student
+
+
 def _stats(
     teacher: list[Tensor],
     tokens: list[Tensor],
@@ -63,11 +74,8 @@ def _stats(
     customize: bool | Tensor = False,
     sums: bool = False,
 ) -> ReceptiveStats:
-    """The operator, its inputs brought to the dtypes it takes: one float64 makes all float64; tokens compute dtype."""
-    tensors = [*teacher, *tokens, *student]
-    if any(x.dtype == torch.float64 for x in tensors):
-        teacher, student = [t.double() for t in teacher], [s.double() for s in student]
-    tokens = [e.to(compute_dtype(teacher[0].dtype)) for e in tokens]
+    """The operator, its inputs brought to the dtypes it takes."""
+    teacher, tokens, student = _computable(teacher, tokens, student)
     flag = customize if isinstance(customize, Tensor) else None
     if customize is True:
         flag = torch.ones((), dtype=torch.bool, device=teacher[0].device)
@@ -215,6 +223,9 @@ def maskd_loss(
     match_tokens(e, t)
     if w:
         match_weighting(w, t, e[0].shape[0])
+    t, e, s = _computable(t, e, s)
+    if not return_dice and loss_op.applies(t, e, s, [x for level in w for x in level]):
+        return loss_op.maskd_loss(t, e, s, w, bool(customize), eps)
     with _full_precision(t[0]):
         stats = _stats(t, e, s, customize, sums=len(w) > 0)
         weights = _mask_weights(stats.sums, t, w) if w else None

@@ -57,7 +57,7 @@ def module() -> ModuleType:
     return loaded
 
 
-_POOLED_BYTES = 1 << 20  # smaller blocks the C library keeps and reuses by itself
+_POOLED_BYTES = 1 << 17  # smaller blocks the C library keeps and reuses by itself
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None) -> Tensor:

@@ -41,6 +41,9 @@ void select_isa(const std::string& name) {
 // (address, dtype code, stride_n, stride_c, stride_p); address 0: absent
 using FeatureTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;
 
+// addresses of conv_weight, conv_bias, projection_weight, projection_bias
+using WeightingTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+
 Feature feature(const FeatureTuple& t) {
   Feature f;
   f.data = reinterpret_cast<void*>(std::get<0>(t));
@@ -130,6 +133,30 @@ PYBIND11_MODULE(_native, m) {
       },
       py::arg("levels"), py::arg("batch"), py::arg("num_tokens"), py::arg("float64"), py::arg("customize"),
       py::arg("threads"), py::arg("saved"), py::arg("grad"));
+
+  m.def(
+      "maskd_loss",
+      [](const std::vector<ReceptiveLevel>& levels, const std::vector<WeightingTuple>& weighting, int64_t batch,
+         int64_t num_tokens, bool float64, bool customize, int threads, double eps, double upstream, uintptr_t masks,
+         uintptr_t share, uintptr_t loss) {
+        std::vector<MaskWeighting> parameters;
+        for (const WeightingTuple& w : weighting) {
+          MaskWeighting p;
+          p.conv_weight = pointer(std::get<0>(w)), p.conv_bias = pointer(std::get<1>(w));
+          p.projection_weight = pointer(std::get<2>(w)), p.projection_bias = pointer(std::get<3>(w));
+          parameters.push_back(p);
+        }
+        MaskdLoss call;
+        call.problem = problem(levels, batch, num_tokens, float64, customize, threads);
+        call.weighting = parameters.empty() ? nullptr : parameters.data();
+        call.eps = eps, call.upstream = upstream;
+        call.masks = pointer(masks), call.share = pointer(share), call.loss = pointer(loss);
+        py::gil_scoped_release release;
+        selected->maskd_loss(call);
+      },
+      py::arg("levels"), py::arg("weighting"), py::arg("batch"), py::arg("num_tokens"), py::arg("float64"),
+      py::arg("customize"), py::arg("threads"), py::arg("eps"), py::arg("upstream"), py::arg("masks"), py::arg("share"),
+      py::arg("loss"));
 
   py::class_<MapShape>(m, "MapShape")
       .def(py::init([](int64_t batch, int64_t channels, int64_t pixels, bool interleaved, int threads) {

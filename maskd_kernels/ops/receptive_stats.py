@@ -110,7 +110,7 @@ def _forward(
     return tuple(out)
 
 
-def _empty_gradients(
+def empty_gradients(
     teacher: Sequence[Tensor],
     tokens: Sequence[Tensor],
     student: Sequence[Tensor],
@@ -138,7 +138,7 @@ def _backward_fake(
     grad: list[Tensor | None],
     needs: list[bool],
 ) -> list[Tensor]:
-    grad_teacher, grad_tokens, grad_student = _empty_gradients(teacher, tokens, student, needs)
+    grad_teacher, grad_tokens, grad_student = empty_gradients(teacher, tokens, student, needs)
     return grad_teacher + grad_tokens + grad_student
 
 
@@ -154,7 +154,7 @@ def _backward(
     stats = ReceptiveStats(*saved)
     upstream = [None if g is None else g.contiguous() for g in grad]
     backend = backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype))
-    results = _empty_gradients(teacher, tokens, student, needs, pooled=backend == "native")
+    results = empty_gradients(teacher, tokens, student, needs, pooled=backend == "native")
     if backend == "reference":
         with torch.autocast(teacher[0].device.type, enabled=False):
             computed = reference.receptive_stats_backward(teacher, tokens, student, stats, upstream, needs)
@@ -207,7 +207,7 @@ register_gradient("receptive_stats", _setup_context, _autograd)
 # ---- The native kernels ------------------------------------------------------------------------
 
 
-def _native_levels(
+def native_levels(
     teacher: Sequence[Tensor],
     tokens: Sequence[Tensor],
     student: Sequence[Tensor],
@@ -257,7 +257,7 @@ def _native_forward(
     customize: Tensor | None,
     out: ReceptiveStats,
 ) -> None:
-    levels, _alive = _native_levels(teacher, tokens, student)
+    levels, _alive = native_levels(teacher, tokens, student)
     native.module().receptive_forward(
         levels=levels,
         batch=teacher[0].shape[0],
@@ -277,7 +277,7 @@ def _native_backward(
     grad: Sequence[Tensor | None],
     results: tuple[list[Tensor], list[Tensor], list[Tensor]],
 ) -> None:
-    levels, _alive = _native_levels(teacher, tokens, student, results)
+    levels, _alive = native_levels(teacher, tokens, student, results)
     native.module().receptive_backward(
         levels=levels,
         batch=teacher[0].shape[0],

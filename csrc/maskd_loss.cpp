@@ -1,0 +1,244 @@
+// CPU kernel of maskd_loss. Compiled once per instruction set: MASKD_ISA names the namespace.
+#include "maskd_loss.h"
+
+#include <limits>
+
+#include "receptive_tiles.h"
+
+namespace maskd {
+namespace {
+
+template <typename T>
+struct LossScratch {
+  T *weight, *factor, *student_row, *teacher_row, *result_row;
+
+  void take(Arena& arena, const ReceptiveProblem&, int64_t tile, int64_t channels) {
+    const int64_t run = round_up(channels > kPiece ? channels : kPiece, kLanes<T>);
+    weight = arena.take<T>(tile);
+    factor = arena.take<T>(tile);
+    student_row = arena.take<T>(run);
+    teacher_row = arena.take<T>(run);
+    result_row = arena.take<T>(run);
+  }
+};
+
+template <typename T>
+MASKD_INLINE T dot(const T* a, const T* b, int64_t count) {
+  constexpr int64_t L = kLanes<T>;
+  Vec<T> sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * L <= count; i += 4 * L)
+    for (int64_t j = 0; j < 4; ++j) sums[j] += load(a + i + j * L) * load(b + i + j * L);
+  T total = horizontal_sum<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; i < count; ++i) total += a[i] * b[i];
+  return total;
+}
+
+// weights [N, K]: softmax of the weighting module's logits. The average of a convolution's output is its weights times
+// the average of what each tap reads. `mean` [N, 9C] and `hidden` [N, C] are scratch.
+template <typename T>
+void mask_weights(const ReceptiveProblem& problem, const ReceptiveLevel& level, const MaskWeighting& weighting,
+                  const T* sums, T* mean, T* hidden, T* weights, int threads) {
+  const int64_t N = problem.batch, K = problem.num_tokens, C = level.channels, taps = kTaps * C;
+  const T* conv_weight = static_cast<const T*>(weighting.conv_weight);
+  const T* conv_bias = static_cast<const T*>(weighting.conv_bias);
+  const T* projection = static_cast<const T*>(weighting.projection_weight);
+  const T* bias = static_cast<const T*>(weighting.projection_bias);
+  const T pixels = T(level.pixels > 0 ? level.pixels : 1);
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t c = 0; c < C; ++c)
+      for (int64_t tap = 0; tap < kTaps; ++tap)
+        mean[n * taps + c * kTaps + tap] =
+            sums[(n * kTaps + tap) * problem.total_channels + level.channel_offset + c] / pixels;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t c = 0; c < C; ++c)
+    for (int64_t n = 0; n < N; ++n)
+      hidden[n * C + c] = conv_bias[c] + dot(conv_weight + c * taps, mean + n * taps, taps);
+  for (int64_t n = 0; n < N; ++n) {
+    T* row = weights + n * K;
+    T largest = -std::numeric_limits<T>::infinity(), total = 0;
+    for (int64_t k = 0; k < K; ++k) {
+      row[k] = bias[k] + dot(projection + k * C, hidden + n * C, C);
+      if (!(row[k] <= largest)) largest = row[k];  // NaN stays
+    }
+    for (int64_t k = 0; k < K; ++k) total += row[k] = std::exp(row[k] - largest);
+    for (int64_t k = 0; k < K; ++k) row[k] /= total;
+  }
+}
+
+// share = w / (C * N * (mass + eps)), in the place of the weights. A mask that vanished everywhere has no error
+// either; its share is finite and not 0 / 0.
+template <typename T>
+void shares(const MaskdLoss& call, const ReceptiveLevel& level, const T* mass, T* share) {
+  const int64_t N = call.problem.batch, K = call.problem.num_tokens;
+  for (int64_t i = 0; i < N * K; ++i) {
+    const T weight = call.weighting ? share[i] : T(1) / T(K), sum = mass[i] + T(call.eps);
+    share[i] = weight / (sum < std::numeric_limits<T>::min() ? std::numeric_limits<T>::min() : sum);
+    share[i] /= T(level.channels * N);
+  }
+}
+
+// Sum of weight(i) * (s[i] - t[i])^2; where `result` is wanted, it receives factor(i) * (s[i] - t[i]). Weight and
+// factor give whole vectors from a position on, of which the first entry is that position's.
+template <typename T, typename Weight, typename Factor>
+MASKD_INLINE T error_run(const T* s, const T* t, int64_t count, T* result, Weight weight, Factor factor) {
+  constexpr int64_t L = kLanes<T>;
+  Vec<T> sums[2] = {};
+  int64_t i = 0;
+  if (result) {
+    for (; i + 2 * L <= count; i += 2 * L) {
+      const Vec<T> d0 = load(s + i) - load(t + i), d1 = load(s + i + L) - load(t + i + L);
+      sums[0] += weight(i) * (d0 * d0), sums[1] += weight(i + L) * (d1 * d1);
+      store(result + i, factor(i) * d0), store(result + i + L, factor(i + L) * d1);
+    }
+  } else {
+    for (; i + 2 * L <= count; i += 2 * L) {
+      const Vec<T> d0 = load(s + i) - load(t + i), d1 = load(s + i + L) - load(t + i + L);
+      sums[0] += weight(i) * (d0 * d0), sums[1] += weight(i + L) * (d1 * d1);
+    }
+  }
+  T total = horizontal_sum<T>(sums[0] + sums[1]);
+  for (; i < count; ++i) {
+    const T d = s[i] - t[i];
+    total += weight(i)[0] * (d * d);
+    if (result) result[i] = factor(i)[0] * d;
+  }
+  return total;
+}
+
+// One run of what lies dense in memory: its error, and its gradient where wanted.
+template <typename T, typename Weight, typename Factor>
+MASKD_INLINE double visit_run(const Tile& tile, const LossScratch<T>& scratch, bool stream, int64_t c, int64_t p,
+                              int64_t count, Weight weight, Factor factor) {
+  const auto offset = [&](const Feature& feature) {
+    return tile.n * feature.stride_n + c * feature.stride_c + p * feature.stride_p;
+  };
+  const ReceptiveLevel& level = *tile.level;
+  const Feature& grad = level.grad_student;
+  const T* t = read_run(level.teacher, offset(level.teacher), count, scratch.teacher_row);
+  const T* s = read_run(level.student, offset(level.student), count, scratch.student_row);
+  if (!grad.present()) return double(error_run<T>(s, t, count, nullptr, weight, factor));
+  const bool in_place = !stream && grad.dtype == kDType<T>;
+  T* row = in_place ? static_cast<T*>(grad.data) + offset(grad) : scratch.result_row;
+  const double error = double(error_run<T>(s, t, count, row, weight, factor));
+  if (!in_place) write_run(grad, offset(grad), count, row, stream);
+  return error;
+}
+
+// The error of each run of a tile, and the gradient. errors: [C] of a planar tile, [1] of an interleaved one.
+template <typename T>
+void visit_tile(const Tile& tile, const LossScratch<T>& scratch, const T* factors, bool stream, double* errors) {
+  if (tile.level->interleaved) {
+    errors[0] = 0;
+    const int64_t channels = tile.level->channels;
+    for (int64_t i = 0; i < tile.count; ++i) {
+      const Vec<T> weight = scratch.weight[i] - Vec<T>{}, factor = factors[i] - Vec<T>{};
+      errors[0] += visit_run(
+          tile, scratch, stream, 0, tile.begin + i, channels, [&](int64_t) { return weight; },
+          [&](int64_t) { return factor; });
+    }
+    return;
+  }
+  for (int64_t c = tile.first_channel; c < tile.last_channel; ++c) {
+    errors[c] = 0;
+    for (int64_t begin = 0; begin < tile.count; begin += kPiece) {
+      const int64_t count = tile.count - begin < kPiece ? tile.count - begin : kPiece;
+      errors[c] += visit_run(
+          tile, scratch, stream, c, tile.begin + begin, count,
+          [&](int64_t i) { return load(scratch.weight + begin + i); },
+          [&](int64_t i) { return load(factors + begin + i); });
+    }
+  }
+}
+
+template <typename T>
+void run(const MaskdLoss& call) {
+  const ReceptiveProblem& problem = call.problem;
+  const int64_t levels = problem.num_levels, N = problem.batch, K = problem.num_tokens;
+  const int threads = worker_count(problem);
+  Workspace plan_memory;
+  int64_t *table = nullptr, *first_error = nullptr;
+  ReceptiveLevel* teachers = nullptr;
+  plan_memory.provide([&](Arena& arena) {
+    table = arena.take<int64_t>(3 * levels + 1);
+    first_error = arena.take<int64_t>(levels + 1);
+    teachers = arena.take<ReceptiveLevel>(levels);
+  });
+  const Plan plan = lay_out<T>(problem, table, K, true);
+  int64_t written_bytes = 0;
+  first_error[0] = 0;
+  for (int64_t l = 0; l < levels; ++l) {
+    const ReceptiveLevel& level = problem.levels[l];
+    teachers[l] = level;
+    if (!problem.customize) teachers[l].student = Feature();
+    first_error[l + 1] = first_error[l] + N * plan.tiles[l] * (level.interleaved ? 1 : level.channels);
+    if (level.grad_student.present())
+      written_bytes += N * level.channels * level.pixels * size_of(level.grad_student.dtype);
+  }
+  const bool stream = written_bytes >= kStreamBytes;
+  const int64_t own_bytes = scratch_bytes<LossScratch<T>>(problem, plan.max_size, plan.max_channels);
+  const int64_t sums_size = call.weighting ? N * kTaps * problem.total_channels : 0;
+  Workspace memory;
+  T *mass = nullptr, *sums = nullptr, *mean = nullptr, *hidden = nullptr, *scaled = nullptr;
+  double* errors = nullptr;
+  char* scratch_base = nullptr;
+  memory.provide([&](Arena& arena) {
+    mass = arena.take<T>(levels * N * K);
+    scaled = arena.take<T>(levels * N * K);
+    sums = arena.take<T>(sums_size);
+    mean = arena.take<T>(call.weighting ? N * kTaps * plan.max_channels : 0);
+    hidden = arena.take<T>(call.weighting ? N * plan.max_channels : 0);
+    errors = arena.take<double>(first_error[levels]);
+    scratch_base = arena.take<char>(threads * own_bytes);
+  });
+
+  ReceptiveProblem first = problem;
+  first.levels = teachers;
+  ReceptiveStats stats;
+  stats.masks = call.masks, stats.mass = mass, stats.sums = call.weighting ? sums : nullptr;
+  MASKD_ISA::receptive_forward(first, stats);
+
+  T* share = static_cast<T*>(call.share);
+  for (int64_t l = 0; l < levels; ++l) {
+    T* of_level = share + l * N * K;
+    if (call.weighting)
+      mask_weights(problem, problem.levels[l], call.weighting[l], sums, mean, hidden, of_level, threads);
+    shares(call, problem.levels[l], mass + l * N * K, of_level);
+  }
+  for (int64_t i = 0; i < levels * N * K; ++i) scaled[i] = share[i] * T(call.upstream);
+  const bool apart = call.upstream != 1;
+
+  int started = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    int mine = 0;
+#pragma omp atomic capture
+    mine = started++;
+    Arena own{scratch_base + mine * own_bytes};
+    LossScratch<T> scratch{};
+    scratch.take(own, problem, plan.max_size, plan.max_channels);
+    // In reverse, so that the pass starts in what the first left in the caches.
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t step = 0; step < plan.total; ++step) {
+      const Tile tile = plan.tile(plan.total - 1 - step);
+      const int64_t l = tile.level_index, index = tile.n * plan.tiles[l] + tile.begin / tile.stride;
+      student_coefficient<T>(problem, tile, call.masks, share, nullptr, scratch.weight);
+      if (tile.level->grad_student.present() && apart)
+        student_coefficient<T>(problem, tile, call.masks, scaled, nullptr, scratch.factor);
+      visit_tile(tile, scratch, apart ? scratch.factor : scratch.weight, stream,
+                 errors + first_error[l] + index * (tile.level->interleaved ? 1 : tile.level->channels));
+    }
+    if (stream) stream_fence();
+  }
+  double loss = 0;
+  for (int64_t i = 0; i < first_error[levels]; ++i) loss += errors[i];
+  *static_cast<T*>(call.loss) = T(loss / 2);
+}
+
+}  // namespace
+
+void MASKD_ISA::maskd_loss(const MaskdLoss& call) {
+  return call.problem.float64 ? run<double>(call) : run<float>(call);
+}
+
+}  // namespace maskd

@@ -1,0 +1,140 @@
+"""The MasKD loss with frozen tokens on a CPU: loss and student gradient in one call of the native kernel.
+
+``functional.maskd_loss`` is defined by ``receptive_stats`` and a few lines on its statistics; this computes the same
+where nothing but the student is trained. Two things make it faster. The student is read once, since its gradient
+does not depend on its error; and what follows the statistics runs inside the kernel, not as twenty small operations.
+
+The gradient is prepared before the upstream gradient is known, with the one that came last: it is the loss's weight,
+which seldom changes. Where it did change, the prepared gradient is dropped and computed anew, to the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskd_kernels import backends, native
+from maskd_kernels.ops import receptive_stats as stats_op
+from maskd_kernels.reference import compute_dtype
+
+
+@dataclasses.dataclass
+class _Upstream:
+    """The gradient that last came from upstream, and whether it is expected again."""
+
+    last: float = 1.0
+    steady: bool = True
+
+    def record(self, value: float) -> None:
+        self.steady = value == self.last
+        self.last = value
+
+
+@functools.lru_cache(maxsize=256)
+def _upstream_of(tokens_address: int) -> _Upstream:
+    """What is expected of the loss with these tokens. An address used anew costs a wrong guess, no wrong result."""
+    return _Upstream()
+
+
+def applies(
+    teacher: Sequence[Tensor], tokens: Sequence[Tensor], student: Sequence[Tensor], parameters: Sequence[Tensor]
+) -> bool:
+    """Whether the kernel can compute this: eager mode, CPU, and nothing but the student is trained."""
+    if teacher[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*teacher, *tokens, *parameters)):
+        return False
+    if any(type(x) not in (Tensor, torch.nn.Parameter) for x in (*teacher, *student)):
+        return False  # a tensor that only traces, and has no memory
+    if torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
+        return False
+    return backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype)) == "native"
+
+
+def maskd_loss(
+    teacher: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    student: Sequence[Tensor],
+    weighting: Sequence[Sequence[Tensor]],
+    customize: bool,
+    eps: float,
+) -> Tensor:
+    """The loss, a scalar in the compute dtype, differentiable in the student. The caller has validated all inputs.
+
+    Args:
+        teacher: ``L`` levels of ``[N, C, *spatial]``.
+        tokens: ``L`` tensors ``[K, C]`` in the compute dtype.
+        student: like ``teacher``; its floating dtype may differ.
+        weighting: the parameters of each level's weighting, in the order of ``MaskWeighting``, or none.
+        customize: whether masks are multiplied by the student's own.
+        eps: added to each mask's mass.
+    """
+    loss: Tensor = _FrozenLoss.apply((teacher, tokens, weighting, customize, eps), torch.is_grad_enabled(), *student)
+    return loss
+
+
+def _compute(
+    inputs: tuple[Any, ...], student: Sequence[Tensor], gradients: list[Tensor], upstream: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, masks ``[N, K, P]`` and each mask's share of the loss ``[L, N, K]``; fills the gradients, where given."""
+    teacher, tokens, weighting, customize, eps = inputs
+    dtype = compute_dtype(teacher[0].dtype)
+    n, k, pixels = teacher[0].shape[0], tokens[0].shape[0], sum(math.prod(t.shape[2:]) for t in teacher)
+    masks = native.empty((n, k, pixels), dtype)
+    share, loss = torch.empty((len(teacher), n, k), dtype=dtype), torch.empty((), dtype=dtype)
+    parameters = [tuple(w.detach().to(dtype).contiguous() for w in level) for level in weighting]
+    levels, _alive = stats_op.native_levels(teacher, tokens, student, ([], [], gradients))
+    native.module().maskd_loss(
+        levels=levels,
+        weighting=[tuple(w.data_ptr() for w in level) for level in parameters],
+        batch=n,
+        num_tokens=k,
+        float64=dtype == torch.float64,
+        customize=customize,
+        threads=torch.get_num_threads(),
+        eps=eps,
+        upstream=upstream,
+        masks=native.address(masks),
+        share=native.address(share),
+        loss=loss.data_ptr(),
+    )
+    return loss, masks, share
+
+
+class _FrozenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: tuple[Any, ...], differentiable: bool, *student: Tensor) -> Tensor:
+        teacher, tokens = inputs[:2]
+        ctx.upstream = _upstream_of(tokens[0].data_ptr())
+        ctx.expected, ctx.gradients = ctx.upstream.last, []
+        if differentiable and any(ctx.needs_input_grad) and ctx.upstream.steady:
+            ctx.gradients = stats_op.empty_gradients(teacher, [], student, (False, False, True), pooled=True)[2]
+        loss, masks, share = _compute(inputs, student, ctx.gradients, ctx.expected)
+        ctx.count = len(teacher)
+        ctx.save_for_backward(*teacher, *tokens, *student, masks, share)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        value = float(grad)  # a CPU tensor: nothing to wait for
+        ctx.upstream.record(value)
+        # Handed out once: whoever receives the gradient may change it.
+        gradients, ctx.gradients = ctx.gradients, []
+        # With create_graph the operator runs, which says that it has no second derivative.
+        if not gradients or value != ctx.expected or torch.is_grad_enabled():
+            *tensors, masks, share = ctx.saved_tensors
+            teacher, tokens = tensors[: ctx.count], tensors[ctx.count : 2 * ctx.count]
+            none = masks.new_empty(0)
+            saved = [masks, none, none, none, none, none, none]
+            upstream = [None, None, None, None, share * grad, None, None]
+            needs = [False, False, True]
+            gradients = torch.ops.maskd_kernels.receptive_stats_backward(
+                teacher, tokens, tensors[2 * ctx.count :], saved, upstream, needs
+            )
+        return (None, None, *gradients)

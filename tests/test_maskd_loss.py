@@ -1,0 +1,257 @@
+"""The loss with frozen tokens in one native call: against the statistics, and the gradient that is prepared ahead."""
+
+import copy
+
+import pytest
+import torch
+from helpers import CAP, DEVICE, assert_close, features
+from torch import nn
+
+from maskd_kernels import MaskModule, maskd_loss, native, use_backend
+from maskd_kernels.ops import maskd_loss as loss_op
+
+pytestmark = pytest.mark.skipif(
+    DEVICE != "cpu" or not native.available(), reason="the kernel runs on a CPU, where the extension is built"
+)
+
+SHAPES = {
+    "one level": [(2, 10, 7, 9)],
+    "levels": [(2, 10, 13, 17), (2, 6, 7, 9), (2, 3, 1, 1)],
+    "large": [(2, 70, 50, 84)],
+    "one row": [(1, 5, 1, 40)],
+    "one column": [(3, 5, 40, 1)],
+}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the kernel ran, and whether it was to prepare gradients."""
+    prepared, compute = [], loss_op._compute
+    monkeypatch.setattr(loss_op, "_compute", lambda *a: (prepared.append(len(a[2]) > 0), compute(*a))[1])
+    loss_op._upstream_of.cache_clear()
+    return prepared
+
+
+def make(shapes, tokens=6, weighted=True, dtype=torch.float32, teacher_dtype=None, layout="contiguous"):
+    """Student, teacher, tokens and weighting of the levels; the student alone requires gradients."""
+    student = [features(s, dtype, layout) for s in shapes]
+    teacher = [features(s, teacher_dtype or dtype, layout, grad=False) for s in shapes]
+    modules = [MaskModule(s[1], tokens, weighted).requires_grad_(False) for s in shapes]
+    for module in modules:
+        nn.init.normal_(module.mask_token, std=0.5)
+    weighting = [m.weighting for m in modules] if weighted else None
+    return student, teacher, [m.mask_token for m in modules], weighting
+
+
+def both(inputs, factor=1.0, **options):
+    student, teacher, tokens, weighting = inputs
+    loss = maskd_loss(student, teacher, tokens, weighting=weighting, **options)
+    return loss.detach(), torch.autograd.grad(factor * loss, student)
+
+
+def exactly(inputs, factor=1.0, **options):
+    student, teacher, tokens, weighting = inputs
+    doubled = [s.detach().double().requires_grad_() for s in student]
+    if weighting is not None:
+        weighting = [type(w)(*(x.double() for x in w)) for w in weighting]
+    with use_backend("reference"):
+        teacher, tokens = [t.double() for t in teacher], [e.double() for e in tokens]
+        return both((doubled, teacher, tokens, weighting), factor, **options)
+
+
+def check(inputs, **options):
+    dtype = min((x.dtype for x in (*inputs[0], *inputs[1])), key=lambda d: torch.finfo(d).bits)
+    tight = 1e-12 if dtype == torch.float64 else 5e-6
+    for factor in (1.0, 1.0, -0.3, -0.3, -0.3):  # guessed, guessed, not guessed, not prepared, guessed
+        loss, gradients = both(inputs, factor, **options)
+        expected, expected_gradients = exactly(inputs, factor, **options)
+        assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert_close(loss, expected, tight, "loss")
+        for x, got, wanted in zip(inputs[0], gradients, expected_gradients, strict=True):
+            assert got.dtype == x.dtype
+            assert_close(got, wanted, tight if x.dtype.itemsize > 2 else CAP[x.dtype], "gradient")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("customize", [False, True])
+def test_shapes(shapes, layout, weighted, customize, calls):
+    check(make(shapes, weighted=weighted, layout=layout), customize=customize)
+    assert calls == [True, True, True, False, True]
+
+
+@pytest.mark.parametrize("layout", ["sliced", "every_other", "expanded_batch", "expanded_pixels", "expanded_channels"])
+def test_layouts(layout, calls):
+    check(make([(2, 10, 7, 9)], layout=layout))
+    assert len(calls) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_dtypes(dtype, layout, calls):
+    check(make([(2, 10, 13, 17), (2, 6, 7, 9)], dtype=dtype, layout=layout))
+    other = torch.float64 if dtype == torch.float64 else torch.float32
+    check(make([(2, 19, 40, 33)], dtype=dtype, teacher_dtype=other, weighted=False, layout=layout), eps=1e-5)
+    assert len(calls) == 10
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 64])
+def test_token_counts(tokens, calls):
+    check(make([(2, 19, 12, 11)], tokens=tokens))
+    assert len(calls) == 5
+
+
+def test_sequences(calls):
+    student, teacher, tokens, _ = make([(2, 48, 30)], weighted=False)
+    loss, (gradient,) = both(([s.mT for s in student], [t.mT for t in teacher], tokens, None), channel_dim=-1)
+    expected, (wanted,) = exactly((student, teacher, tokens, None))
+    assert_close(loss, expected, 5e-6, "loss")
+    assert_close(gradient, wanted.mT, 5e-6, "gradient")
+    assert len(calls) == 1
+
+
+def test_a_wrong_guess_costs_no_bit():
+    """Prepared ahead, or computed when the upstream gradient had changed: the same gradient."""
+    for layout in ("contiguous", "channels_last"):
+        inputs = make([(2, 40, 50, 84)], layout=layout)
+        first = both(inputs, 0.7)  # guessed 1
+        unprepared = both(inputs, 0.7)
+        prepared = both(inputs, 0.7)
+        for loss, (gradient,) in (unprepared, prepared):
+            assert torch.equal(loss, first[0])
+            assert torch.equal(gradient, first[1][0])
+
+
+def test_a_changing_weight_is_not_guessed(calls):
+    inputs = make([(2, 10, 7, 9)])
+    for step in range(4):
+        both(inputs, 0.1 * step)
+    assert calls == [True, False, False, False]
+
+
+def test_without_gradients_none_is_prepared(calls):
+    student, teacher, tokens, weighting = make([(2, 10, 7, 9)])
+    with torch.no_grad():
+        loss = maskd_loss(student, teacher, tokens, weighting=weighting)
+    assert not loss.requires_grad
+    assert torch.equal(loss, maskd_loss(student, teacher, tokens, weighting=weighting))
+    assert calls == [False, True]
+
+
+def test_only_some_levels_require_gradients():
+    inputs = make([(2, 10, 7, 9), (2, 6, 4, 5)])
+    inputs[0][0].requires_grad_(False)
+    loss = maskd_loss(*inputs[:3], weighting=inputs[3])
+    loss.backward()
+    assert inputs[0][0].grad is None
+    inputs[0][0].requires_grad_()
+    assert_close(inputs[0][1].grad, exactly(inputs)[1][1], 5e-6, "gradient")
+
+
+def test_backward_twice():
+    """The prepared gradient is handed out once: what its receiver does to it does not come back."""
+    student, teacher, tokens, weighting = make([(2, 10, 7, 9)])
+    loss = maskd_loss(student, teacher, tokens, weighting=weighting)
+    (first,) = torch.autograd.grad(loss, student, retain_graph=True)
+    kept = first.clone()
+    first.zero_()
+    (second,) = torch.autograd.grad(loss, student)
+    assert torch.equal(second, kept)
+    with pytest.raises(RuntimeError, match="second time|already been freed"):
+        torch.autograd.grad(loss, student)
+
+
+def test_second_derivative_raises():
+    student, teacher, tokens, weighting = make([(2, 10, 7, 9)])
+    loss = maskd_loss(student, teacher, tokens, weighting=weighting)
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_repeatable_whatever_the_threads(layout):
+    inputs = make([(2, 70, 50, 84), (2, 19, 13, 17)], layout=layout)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5, 1):
+            torch.set_num_threads(threads)
+            results.append(both(inputs))
+    finally:
+        torch.set_num_threads(before)
+    for loss, gradients in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert all(torch.equal(a, b) for a, b in zip(gradients, results[0][1], strict=True))
+
+
+def test_every_instruction_set():
+    inputs = make([(2, 19, 25, 33)])
+    module, found = native.module(), native.module().isa()
+    expected, (wanted,) = exactly(inputs)
+    try:
+        for isa in module.isas():
+            module.select_isa(isa)
+            loss, (gradient,) = both(inputs)
+            assert_close(loss, expected, 5e-6, f"loss, {isa}")
+            assert_close(gradient, wanted, 5e-6, f"gradient, {isa}")
+    finally:
+        module.select_isa(found)
+
+
+def test_edge_values():
+    student, teacher, tokens, weighting = make([(2, 10, 7, 9)])
+    vanished = [torch.full_like(tokens[0], -1e4)]
+    loss, (gradient,) = both((student, [t.abs() for t in teacher], vanished, weighting))
+    assert 0 <= loss < 1e-35 and gradient.abs().max() < 1e-35
+    teacher[0][1, 3, 2, 2] = float("nan")
+    loss, (gradient,) = both((student, teacher, tokens, weighting))
+    assert loss.isnan() and gradient[1].isnan().all() and not gradient[0].isnan().any()
+    empty = make([(0, 10, 7, 9)])
+    loss, (gradient,) = both(empty)
+    assert loss == 0 and gradient.shape == (0, 10, 7, 9)
+
+
+@pytest.mark.parametrize("trained", ["teacher", "tokens", "weighting"])
+def test_whatever_else_is_trained_gets_its_gradient(trained, calls):
+    student, teacher, tokens, weighting = make([(2, 10, 7, 9)])
+    leaf = {"teacher": teacher[0], "tokens": tokens[0], "weighting": weighting[0].conv_weight}[trained]
+    leaf.requires_grad_()
+    maskd_loss(student, teacher, tokens, weighting=weighting).backward()
+    assert leaf.grad.any()
+    assert calls == []
+
+
+def test_compiled_and_transformed_code_takes_the_operator(calls):
+    student, teacher, tokens, weighting = make([(2, 10, 7, 9)])
+    expected, (wanted,) = both((student, teacher, tokens, weighting))
+
+    def loss_of(s):
+        return maskd_loss(s, teacher[0], tokens[0], weighting=weighting[0])
+
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")(student[0])
+    assert_close(compiled.detach(), expected, 2e-6, "loss")
+    assert_close(torch.autograd.grad(compiled, student)[0], wanted, 2e-6, "gradient")
+    assert len(calls) == 1
+
+
+def test_parameters_of_any_dtype():
+    student, teacher, tokens, weighting = make([(2, 10, 7, 9)])
+    halves = [type(w)(*(x.half() for x in w)) for w in weighting]
+    rounded = [type(w)(*(x.float() for x in w)) for w in halves]
+    half_tokens = [e.half() for e in tokens]
+    got = both((student, teacher, half_tokens, halves))
+    wanted = both((student, teacher, [e.float() for e in half_tokens], rounded))
+    assert torch.equal(got[0], wanted[0]) and torch.equal(got[1][0], wanted[1][0])
+
+
+def test_module_keeps_its_guess_through_training(calls):
+    from maskd_kernels import MasKDLoss
+
+    loss_fn = MasKDLoss(10, loss_weight=7.0, custom_mask_warmup=2)
+    student, teacher = features((2, 10, 7, 9)), features((2, 10, 7, 9), grad=False)
+    for _ in range(5):
+        loss_fn(student, teacher).backward()
+    assert calls == [True, False, True, True, True]
+    copied = copy.deepcopy(loss_fn)
+    assert torch.equal(copied(student, teacher), loss_fn(student, teacher))
