@@ -154,10 +154,53 @@ MASKD_INLINE uint16_t float_to_bfloat(float value) {  // round to nearest, ties 
   return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
+// What the storage types hold, as types.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+MASKD_INLINE float value_of(Half x) { return half_to_float(x.bits); }
+MASKD_INLINE float value_of(BFloat x) { return bfloat_to_float(x.bits); }
+template <typename T>
+MASKD_INLINE T value_of(T x) {
+  return x;
+}
+
+typedef uint16_t StoredVec __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint32_t BitsVec __attribute__((vector_size(64)));
+
+MASKD_INLINE Vec<float> load(const BFloat* p) {
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(*reinterpret_cast<const StoredVec*>(p), BitsVec) << 16);
+}
+
+MASKD_INLINE Vec<float> load(const Half* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<float>>(
+      _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#else
+  Vec<float> value;
+  for (int64_t i = 0; i < kLanes<float>; ++i) value[i] = value_of(p[i]);
+  return value;
+#endif
+}
+
 MASKD_INLINE int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 template <typename T>
 constexpr DType kDType = sizeof(T) == 8 ? DType::float64 : DType::float32;
+
+// visit(memory of the features as what they hold) for features of one storage type.
+template <typename T, typename Visit>
+MASKD_INLINE void as_stored(const Feature& feature, Visit visit) {
+  if (feature.dtype == kDType<T>) return visit(static_cast<const T*>(feature.data));
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (feature.dtype == DType::float16) return visit(static_cast<const Half*>(feature.data));
+    if (feature.dtype == DType::bfloat16) return visit(static_cast<const BFloat*>(feature.data));
+  }
+}
 
 // `count` consecutive elements from `offset` on as T: the memory itself where it already holds T, else converted into
 // `buffer`. float64 is only ever met with T = double (the callers convert mixed inputs first).
@@ -173,6 +216,31 @@ MASKD_INLINE const T* read_run(const Feature& feature, int64_t offset, int64_t c
   return buffer;
 }
 
+// Starts loading a run that is read soon: where the work between two runs hides the next from the processor.
+MASKD_INLINE void prefetch_run(const Feature& feature, int64_t offset, int64_t count) {
+  const char* memory = static_cast<const char*>(feature.data) + offset * size_of(feature.dtype);
+  for (int64_t i = 0; i < count * size_of(feature.dtype); i += kVectorBytes) __builtin_prefetch(memory + i);
+}
+
+// Stores past the caches; p lies on a vector boundary.
+template <typename T>
+MASKD_INLINE void stream_vector(T* p, Vec<T> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
+#elif defined(__SSE2__)
+  __m128i parts[4];
+  std::memcpy(parts, &v, sizeof v);
+  for (int i = 0; i < 4; ++i) _mm_stream_si128(reinterpret_cast<__m128i*>(p) + i, parts[i]);
+#else
+  store(p, v);
+#endif
+}
+
+template <typename T>
+MASKD_INLINE bool on_vector_boundary(const T* p) {
+  return (reinterpret_cast<intptr_t>(p) & (kVectorBytes - 1)) == 0;
+}
+
 // Copies past the caches (non-temporal stores): for a large result that nobody reads soon, so that it is
 // neither read before it is written nor displaces what is still needed.
 MASKD_INLINE void stream_bytes(void* destination, const void* source, int64_t bytes) {
@@ -183,15 +251,8 @@ MASKD_INLINE void stream_bytes(void* destination, const void* source, int64_t by
   if (head > bytes) head = bytes;
   std::memcpy(to, from, size_t(head));
   int64_t i = head;
-  for (; i + kVectorBytes <= bytes; i += kVectorBytes) {
-#if defined(__AVX512F__)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
-#else
-    for (int part = 0; part < 64; part += 16)
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i + part),
-                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i + part)));
-#endif
-  }
+  for (; i + kVectorBytes <= bytes; i += kVectorBytes)
+    stream_vector(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
   std::memcpy(to + i, from + i, size_t(bytes - i));
 #else
   std::memcpy(destination, source, size_t(bytes));

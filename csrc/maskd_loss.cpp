@@ -8,6 +8,8 @@
 namespace maskd {
 namespace {
 
+constexpr int64_t kSummedRuns = 8;  // interleaved runs whose errors are summed together
+
 template <typename T>
 struct LossScratch {
   T *weight, *factor, *student_row, *teacher_row, *result_row;
@@ -78,51 +80,70 @@ void shares(const MaskdLoss& call, const ReceptiveLevel& level, const T* mass, T
   }
 }
 
-// Sum of weight(i) * (s[i] - t[i])^2; where `result` is wanted, it receives factor(i) * (s[i] - t[i]). Weight and
-// factor give whole vectors from a position on, of which the first entry is that position's.
-template <typename T, typename Weight, typename Factor>
-MASKD_INLINE T error_run(const T* s, const T* t, int64_t count, T* result, Weight weight, Factor factor) {
+// How the gradient of a run is written: not at all, to memory, or past the caches.
+enum class Write { kNone, kStore, kStream };
+
+// A sum over a few runs; adding the lanes of every run alone would cost as much as a short run does.
+template <typename T>
+struct ErrorSum {
+  Vec<T> lanes[2] = {};
+  T rest = 0;
+
+  MASKD_INLINE double total() const { return double(horizontal_sum<T>(lanes[0] + lanes[1]) + rest); }
+};
+
+// Adds weight(i) * (s[i] - t[i])^2 to `error`; `result` receives factor(i) * (s[i] - t[i]). Weight and factor give
+// whole vectors from a position on, of which the first entry is that position's.
+template <typename T, Write kWrite, typename Stored, typename Weight, typename Factor>
+MASKD_INLINE void error_run(const Stored* s, const Stored* t, int64_t count, T* result, Weight weight, Factor factor,
+                            ErrorSum<T>& error) {
   constexpr int64_t L = kLanes<T>;
-  Vec<T> sums[2] = {};
+  const auto step = [&](int64_t i, Vec<T>& sum) {
+    const Vec<T> d = load(s + i) - load(t + i);
+    sum += weight(i) * (d * d);
+    if (kWrite == Write::kStore) store(result + i, factor(i) * d);
+    if (kWrite == Write::kStream) stream_vector(result + i, factor(i) * d);
+  };
   int64_t i = 0;
-  if (result) {
-    for (; i + 2 * L <= count; i += 2 * L) {
-      const Vec<T> d0 = load(s + i) - load(t + i), d1 = load(s + i + L) - load(t + i + L);
-      sums[0] += weight(i) * (d0 * d0), sums[1] += weight(i + L) * (d1 * d1);
-      store(result + i, factor(i) * d0), store(result + i + L, factor(i + L) * d1);
-    }
-  } else {
-    for (; i + 2 * L <= count; i += 2 * L) {
-      const Vec<T> d0 = load(s + i) - load(t + i), d1 = load(s + i + L) - load(t + i + L);
-      sums[0] += weight(i) * (d0 * d0), sums[1] += weight(i + L) * (d1 * d1);
-    }
-  }
-  T total = horizontal_sum<T>(sums[0] + sums[1]);
+  for (; i + 2 * L <= count; i += 2 * L) step(i, error.lanes[0]), step(i + L, error.lanes[1]);
+  for (; i + L <= count; i += L) step(i, error.lanes[0]);
   for (; i < count; ++i) {
-    const T d = s[i] - t[i];
-    total += weight(i)[0] * (d * d);
-    if (result) result[i] = factor(i)[0] * d;
+    const T d = T(value_of(s[i])) - T(value_of(t[i]));
+    error.rest += weight(i)[0] * (d * d);
+    if (kWrite != Write::kNone) result[i] = factor(i)[0] * d;
   }
-  return total;
 }
 
 // One run of what lies dense in memory: its error, and its gradient where wanted.
 template <typename T, typename Weight, typename Factor>
-MASKD_INLINE double visit_run(const Tile& tile, const LossScratch<T>& scratch, bool stream, int64_t c, int64_t p,
-                              int64_t count, Weight weight, Factor factor) {
+MASKD_INLINE void visit_run(const Tile& tile, const LossScratch<T>& scratch, bool stream, int64_t c, int64_t p,
+                            int64_t count, Weight weight, Factor factor, ErrorSum<T>& error) {
   const auto offset = [&](const Feature& feature) {
     return tile.n * feature.stride_n + c * feature.stride_c + p * feature.stride_p;
   };
   const ReceptiveLevel& level = *tile.level;
   const Feature& grad = level.grad_student;
-  const T* t = read_run(level.teacher, offset(level.teacher), count, scratch.teacher_row);
-  const T* s = read_run(level.student, offset(level.student), count, scratch.student_row);
-  if (!grad.present()) return double(error_run<T>(s, t, count, nullptr, weight, factor));
-  const bool in_place = !stream && grad.dtype == kDType<T>;
-  T* row = in_place ? static_cast<T*>(grad.data) + offset(grad) : scratch.result_row;
-  const double error = double(error_run<T>(s, t, count, row, weight, factor));
-  if (!in_place) write_run(grad, offset(grad), count, row, stream);
-  return error;
+  T* memory = grad.present() && grad.dtype == kDType<T> ? static_cast<T*>(grad.data) + offset(grad) : nullptr;
+  const bool direct = memory && (!stream || on_vector_boundary(memory));
+  T* row = direct ? memory : scratch.result_row;
+  const auto run = [&](auto* s, auto* t) {
+    if (!grad.present()) {
+      error_run<T, Write::kNone>(s, t, count, row, weight, factor, error);
+    } else if (direct && stream) {
+      error_run<T, Write::kStream>(s, t, count, row, weight, factor, error);
+    } else {
+      error_run<T, Write::kStore>(s, t, count, row, weight, factor, error);
+    }
+  };
+  if (level.student.dtype == level.teacher.dtype) {
+    as_stored<T>(level.teacher, [&](auto* data) {
+      run(static_cast<decltype(data)>(level.student.data) + offset(level.student), data + offset(level.teacher));
+    });
+  } else {
+    run(read_run(level.student, offset(level.student), count, scratch.student_row),
+        read_run(level.teacher, offset(level.teacher), count, scratch.teacher_row));
+  }
+  if (grad.present() && !direct) write_run(grad, offset(grad), count, row, stream);
 }
 
 // The error of each run of a tile, and the gradient. errors: [C] of a planar tile, [1] of an interleaved one.
@@ -130,12 +151,16 @@ template <typename T>
 void visit_tile(const Tile& tile, const LossScratch<T>& scratch, const T* factors, bool stream, double* errors) {
   if (tile.level->interleaved) {
     errors[0] = 0;
-    const int64_t channels = tile.level->channels;
-    for (int64_t i = 0; i < tile.count; ++i) {
-      const Vec<T> weight = scratch.weight[i] - Vec<T>{}, factor = factors[i] - Vec<T>{};
-      errors[0] += visit_run(
-          tile, scratch, stream, 0, tile.begin + i, channels, [&](int64_t) { return weight; },
-          [&](int64_t) { return factor; });
+    for (int64_t begin = 0; begin < tile.count; begin += kSummedRuns) {
+      const int64_t end = begin + kSummedRuns < tile.count ? begin + kSummedRuns : tile.count;
+      ErrorSum<T> error;
+      for (int64_t i = begin; i < end; ++i) {
+        const Vec<T> weight = scratch.weight[i] - Vec<T>{}, factor = factors[i] - Vec<T>{};
+        visit_run(
+            tile, scratch, stream, 0, tile.begin + i, tile.level->channels, [&](int64_t) { return weight; },
+            [&](int64_t) { return factor; }, error);
+      }
+      errors[0] += error.total();
     }
     return;
   }
@@ -143,10 +168,12 @@ void visit_tile(const Tile& tile, const LossScratch<T>& scratch, const T* factor
     errors[c] = 0;
     for (int64_t begin = 0; begin < tile.count; begin += kPiece) {
       const int64_t count = tile.count - begin < kPiece ? tile.count - begin : kPiece;
-      errors[c] += visit_run(
+      ErrorSum<T> error;
+      visit_run(
           tile, scratch, stream, c, tile.begin + begin, count,
           [&](int64_t i) { return load(scratch.weight + begin + i); },
-          [&](int64_t i) { return load(factors + begin + i); });
+          [&](int64_t i) { return load(factors + begin + i); }, error);
+      errors[c] += error.total();
     }
   }
 }

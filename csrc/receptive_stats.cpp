@@ -1,6 +1,8 @@
 // CPU kernels of receptive_stats, forward. Compiled once per instruction set: MASKD_ISA names the namespace.
 #include "receptive_stats.h"
 
+#include <type_traits>
+
 #include "receptive_tiles.h"
 
 namespace maskd {
@@ -9,34 +11,38 @@ namespace {
 constexpr int64_t kTokenChunk = 8;   // accumulators that fit the registers beside the rows
 constexpr int64_t kSums = 8;         // lane sums taken at a time
 constexpr int64_t kRows = 4;         // channels per step over a planar tile
-constexpr int64_t kConverted = 512;  // elements per row and step where rows are converted
+constexpr int64_t kConverted = 512;  // elements per row and step where rows are converted first
 
 // ---- One step: kRows channels of a planar tile -------------------------------------------------
 
-template <typename T, int KC, bool kDistance>
-MASKD_INLINE void accumulate_rows(const T* const* t, const T* const* s, const T* tokens, int64_t vectors, T* logits,
-                                  int64_t stride, T* distance, Vec<T>* sums) {
+template <typename T, int KC, bool kDistance, typename Stored>
+MASKD_INLINE void accumulate_rows(const Stored* const* t, const Stored* const* s, const T* tokens, int64_t vectors,
+                                  T* logits, int64_t stride, T* distance, Vec<T>* sums) {
   constexpr int64_t L = kLanes<T>;
-  Vec<T> sum0 = sums[0], sum1 = sums[1], sum2 = sums[2], sum3 = sums[3];
+  Vec<T> kept[kRows] = {sums[0], sums[1], sums[2], sums[3]};
   for (int64_t i = 0; i < vectors * L; i += L) {
-    const Vec<T> t0 = load(t[0] + i), t1 = load(t[1] + i), t2 = load(t[2] + i), t3 = load(t[3] + i);
+    Vec<T> row[kRows];
+    for (int64_t r = 0; r < kRows; ++r) kept[r] += row[r] = load(t[r] + i);
     if (kDistance) {
-      const Vec<T> d0 = load(s[0] + i) - t0, d1 = load(s[1] + i) - t1;
-      const Vec<T> d2 = load(s[2] + i) - t2, d3 = load(s[3] + i) - t3;
-      store(distance + i, load(distance + i) + (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3));
+      Vec<T> total = load(distance + i);
+      for (int64_t r = 0; r < kRows; ++r) {
+        const Vec<T> d = load(s[r] + i) - row[r];
+        total += d * d;
+      }
+      store(distance + i, total);
     }
-    sum0 += t0, sum1 += t1, sum2 += t2, sum3 += t3;
     for (int k = 0; k < KC; ++k) {
-      const T* e = tokens + k * kRows;
       T* logit = logits + k * stride + i;
-      store(logit, load(logit) + (e[0] * t0 + e[1] * t1) + (e[2] * t2 + e[3] * t3));
+      Vec<T> total = load(logit);  // one chain of multiply-adds: the steps beside it keep the units busy
+      for (int64_t r = 0; r < kRows; ++r) total += tokens[k * kRows + r] * row[r];
+      store(logit, total);
     }
   }
-  sums[0] = sum0, sums[1] = sum1, sums[2] = sum2, sums[3] = sum3;
+  for (int64_t r = 0; r < kRows; ++r) sums[r] = kept[r];
 }
 
-template <typename T, bool kDistance>
-MASKD_INLINE void accumulate_chunk(int64_t chunk, const T* const* t, const T* const* s, const T* tokens,
+template <typename T, bool kDistance, typename Stored>
+MASKD_INLINE void accumulate_chunk(int64_t chunk, const Stored* const* t, const Stored* const* s, const T* tokens,
                                    int64_t vectors, T* logits, int64_t stride, T* distance, Vec<T>* sums) {
 #define MASKD_CASE(KC) \
   case KC:             \
@@ -56,9 +62,9 @@ MASKD_INLINE void accumulate_chunk(int64_t chunk, const T* const* t, const T* co
 }
 
 // All tokens, in chunks. The distance, where wanted, and the channel sums ride with the first chunk.
-template <typename T>
-void accumulate(const T* const* t, const T* const* s, const T* tokens, int64_t num_tokens, int64_t vectors, T* logits,
-                int64_t stride, T* distance, Vec<T>* sums) {
+template <typename T, typename Stored>
+void accumulate(const Stored* const* t, const Stored* const* s, const T* tokens, int64_t num_tokens, int64_t vectors,
+                T* logits, int64_t stride, T* distance, Vec<T>* sums) {
   Vec<T> discarded[kRows] = {};
   int64_t k = 0;
   do {
@@ -91,7 +97,18 @@ struct ForwardScratch {
 
 // ---- Forward, planar ---------------------------------------------------------------------------
 
-template <typename T>
+// `count` elements of a row from `offset` on, as what the features hold; where student and teacher hold different types
+// they are read as T.
+template <typename T, typename Stored>
+MASKD_INLINE const Stored* stored_row(const Feature& feature, int64_t offset, int64_t count, T* buffer) {
+  if constexpr (sizeof(Stored) == sizeof(T)) {
+    return read_run(feature, offset, count, buffer);
+  } else {
+    return static_cast<const Stored*>(feature.data) + offset;
+  }
+}
+
+template <typename T, typename Stored>
 void forward_planar(const ReceptiveProblem& problem, const Tile& tile, const ForwardScratch<T>& scratch, T* sums) {
   constexpr int64_t L = kLanes<T>;
   const ReceptiveLevel& level = *tile.level;
@@ -101,8 +118,8 @@ void forward_planar(const ReceptiveProblem& problem, const Tile& tile, const For
   const Feature* features[2] = {&level.teacher, &level.student};
   const int64_t run = round_up(tile.stride, L);
 
-  // Rows that must be converted are taken in pieces that the L1 cache holds.
-  const bool converted = level.teacher.dtype != kDType<T> || (with_student && level.student.dtype != kDType<T>);
+  // Rows that are converted first are taken in pieces that the L1 cache holds.
+  const bool converted = with_student && level.student.dtype != level.teacher.dtype;
   const int64_t piece = converted ? kConverted : tile.count;
 
   for (int64_t c = 0; c < C; c += kRows) {
@@ -116,15 +133,15 @@ void forward_planar(const ReceptiveProblem& problem, const Tile& tile, const For
     for (int64_t begin = 0; begin < tile.count; begin += piece) {
       const int64_t count = tile.count - begin < piece ? tile.count - begin : piece, whole = count / L,
                     tail = count % L;
-      const T* main_rows[2][kRows];
+      const Stored* main_rows[2][kRows];
       const T* tail_rows[2][kRows];
       for (int f = 0; f < (with_student ? 2 : 1); ++f) {
         for (int64_t r = 0; r < kRows; ++r) {
           const int64_t channel = c + (r < rows ? r : 0);
           const int64_t offset = tile.n * features[f]->stride_n + channel * features[f]->stride_c + tile.begin + begin;
-          main_rows[f][r] = read_run(*features[f], offset, count, scratch.rows + (f * kRows + r) * run);
+          main_rows[f][r] = stored_row<T, Stored>(*features[f], offset, count, scratch.rows + (f * kRows + r) * run);
           T* tail_row = scratch.tails + (f * kRows + r) * L;
-          for (int64_t i = 0; i < L; ++i) tail_row[i] = i < tail ? main_rows[f][r][whole * L + i] : T(0);
+          for (int64_t i = 0; i < L; ++i) tail_row[i] = i < tail ? T(value_of(main_rows[f][r][whole * L + i])) : T(0);
           tail_rows[f][r] = tail_row;
         }
       }
@@ -134,20 +151,21 @@ void forward_planar(const ReceptiveProblem& problem, const Tile& tile, const For
 
       T* distance = with_student ? scratch.distance + begin : nullptr;
       T* logits = scratch.logits + begin;
-      accumulate(main_rows[0], main_rows[1], scratch.packed, K, whole, logits, tile.stride, distance, row_sums);
+      accumulate<T>(main_rows[0], main_rows[1], scratch.packed, K, whole, logits, tile.stride, distance, row_sums);
       if (tail)
-        accumulate(tail_rows[0], tail_rows[1], scratch.packed, K, 1, logits + whole * L, tile.stride,
-                   distance ? distance + whole * L : nullptr, row_sums);
+        accumulate<T>(tail_rows[0], tail_rows[1], scratch.packed, K, 1, logits + whole * L, tile.stride,
+                      distance ? distance + whole * L : nullptr, row_sums);
       if (problem.customize) {
         Vec<T> discarded[kRows] = {};
         T* own = scratch.student_logits + begin;
-        accumulate<T>(main_rows[1], nullptr, scratch.packed, K, whole, own, tile.stride, nullptr, discarded);
+        accumulate<T, Stored>(main_rows[1], nullptr, scratch.packed, K, whole, own, tile.stride, nullptr, discarded);
         if (tail)
-          accumulate<T>(tail_rows[1], nullptr, scratch.packed, K, 1, own + whole * L, tile.stride, nullptr, discarded);
+          accumulate<T, T>(tail_rows[1], nullptr, scratch.packed, K, 1, own + whole * L, tile.stride, nullptr,
+                           discarded);
       }
       if (sums) {
         visit_borders<T>(level, tile.begin + begin, count, [&](int set, int64_t i) {
-          for (int64_t r = 0; r < rows; ++r) sums[set * C + c + r] += main_rows[0][r][i];
+          for (int64_t r = 0; r < rows; ++r) sums[set * C + c + r] += T(value_of(main_rows[0][r][i]));
         });
       }
     }
@@ -229,24 +247,26 @@ void forward_interleaved(const ReceptiveProblem& problem, const Tile& tile, cons
   }
   T* student_buffer = scratch.rows + padded;
   const bool with_student = level.student.present();
+  const auto row = [&](const Feature& feature, int64_t p, T* buffer) {
+    const int64_t offset = tile.n * feature.stride_n + p * feature.stride_p;
+    if (p + kAhead < level.pixels) prefetch_run(feature, offset + kAhead * feature.stride_p, C);
+    return whole_vectors(read_run(feature, offset, C, buffer), C, buffer);
+  };
 
   for (int64_t i = 0; i < tile.count; ++i) {
     const int64_t p = tile.begin + i;
-    const T* t = read_run(level.teacher, tile.n * level.teacher.stride_n + p * level.teacher.stride_p, C, scratch.rows);
-    t = whole_vectors(t, C, scratch.rows);
-    const T* s = nullptr;
-    if (with_student) {
-      s = read_run(level.student, tile.n * level.student.stride_n + p * level.student.stride_p, C, student_buffer);
-      s = whole_vectors(s, C, student_buffer);
-    }
+    const T* t = row(level.teacher, p, scratch.rows);
+    const T* s = with_student ? row(level.student, p, student_buffer) : nullptr;
     dot_tokens(t, s, scratch.packed, K, padded, scratch.logits + i, tile.stride,
                with_student ? scratch.distance + i : nullptr);
     if (problem.customize)
       dot_tokens<T>(s, nullptr, scratch.packed, K, padded, scratch.student_logits + i, tile.stride, nullptr);
-    if (sums) {
-      add_run(sums, t, C);
-      visit_borders<T>(level, p, 1, [&](int set, int64_t) { add_run(sums + set * C, t, C); });
-    }
+    if (sums) add_run(sums, t, C);
+  }
+  if (sums) {
+    visit_borders<T>(level, tile.begin, tile.count, [&](int set, int64_t i) {
+      add_run(sums + set * C, row(level.teacher, tile.begin + i, scratch.rows), C);
+    });
   }
 }
 
@@ -374,7 +394,16 @@ void forward(const ReceptiveProblem& problem, const ReceptiveStats& out) {
       if (tile.level->interleaved) {
         forward_interleaved(problem, tile, scratch, tile_sums);
       } else {
-        forward_planar(problem, tile, scratch, tile_sums);
+        const Feature& teacher = tile.level->teacher;
+        const bool alike = !tile.level->student.present() || tile.level->student.dtype == teacher.dtype;
+        if (!alike) {
+          forward_planar<T, T>(problem, tile, scratch, tile_sums);
+        } else {
+          as_stored<T>(teacher, [&](auto* stored) {
+            forward_planar<T, std::remove_const_t<std::remove_pointer_t<decltype(stored)>>>(problem, tile, scratch,
+                                                                                            tile_sums);
+          });
+        }
       }
       finish_tile(problem, tile, scratch, out, partials + task * partial_size);
     }

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t kAccumulatorBytes = 256 << 10;  // of a tile: they stay in the L2 cache while its channels stream by
 constexpr int64_t kInterleavedPixels = 128;       // of a tile whose accumulators are touched once
+constexpr int64_t kAhead = 4;                     // pixels: how far ahead interleaved runs are fetched
 constexpr int64_t kLeastTiles = 8;  // of a level, if they have kLeastPixels: for several threads, however many
 constexpr int64_t kLeastPixels = 512;
 constexpr int64_t kStudentPixels = 1 << 15;  // of a tile that only needs the student's gradient: long rows in sequence
