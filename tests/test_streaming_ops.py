@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers import CAP, DEVICE, assert_close, features
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskd_kernels import native, reference, use_backend
 from maskd_kernels.ops.attention_stats import attention_stats
@@ -310,3 +311,27 @@ def test_small_maps_go_to_pytorch(operator):
             forced = flat(OPERATORS[operator][0](*inputs))
         for i, (a, b) in enumerate(zip(outputs, forced, strict=True)):
             assert_close(a, b, 2e-6, f"output {i}")
+
+
+def test_whoever_watches_sees_the_operator(operator):
+    """In eager mode kernels are called directly; a dispatch mode, and whatever traces, meets the operator instead."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    seen = []
+    inputs = OPERATORS[operator][2]((2, 64, 80, 80))
+    plain = flat(OPERATORS[operator][0](*inputs))
+    upstream = [torch.randn_like(x) for x in plain]
+    leaves = [x for x in flat(inputs) if x.requires_grad]
+    gradients = torch.autograd.grad(plain, leaves, upstream)
+    with Watch():
+        watched = flat(OPERATORS[operator][0](*inputs))
+        watched_gradients = torch.autograd.grad(watched, leaves, upstream)
+    name = operator.removesuffix("_unscaled")
+    assert f"maskd_kernels.{name}.default" in seen
+    assert f"maskd_kernels.{name}_backward.default" in seen
+    for a, b in zip((*plain, *gradients), (*watched, *watched_gradients), strict=True):
+        assert torch.equal(a, b)

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from maskd_kernels import backends, native, reference
 from maskd_kernels.ops import layout
-from maskd_kernels.ops.registration import register_gradient
+from maskd_kernels.ops.registration import Operator
 from maskd_kernels.reference import compute_dtype
 
 _NAME = "maskd_kernels::attention_stats"
 _BACKWARD_NAME = "maskd_kernels::attention_stats_backward"
-_SMALL = 1 << 19  # elements; measured on two cores
+_SMALL = 1 << 17  # elements; measured on two cores
 
 torch.library.define(_NAME, "(Tensor[] x) -> (Tensor[], Tensor[])")
 torch.library.define(_BACKWARD_NAME, "(Tensor[] x, Tensor[] grad_attention, Tensor[] grad_mean) -> Tensor[]")
@@ -37,7 +37,7 @@ def attention_stats(x: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """
     if layout.is_small(x, _SMALL):
         return reference.attention_stats(x)
-    attention, mean = torch.ops.maskd_kernels.attention_stats(x)
+    attention, mean = _operator(x)
     return list(attention), list(mean)
 
 
@@ -52,7 +52,6 @@ def _fake(x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return _empty(x)
 
 
-@torch.library.impl(_NAME, "CompositeExplicitAutograd")
 def _forward(x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     backend = backends.resolve(x[0].device, compute_dtype(x[0].dtype))
     attention, mean = _empty(x)
@@ -81,7 +80,6 @@ def _backward_fake(x: list[Tensor], grad_attention: list[Tensor], grad_mean: lis
     return layout.empty_like(x)
 
 
-@torch.library.impl(_BACKWARD_NAME, "CompositeExplicitAutograd")
 def _backward(x: list[Tensor], grad_attention: list[Tensor], grad_mean: list[Tensor]) -> list[Tensor]:
     backend = backends.resolve(x[0].device, compute_dtype(x[0].dtype))
     out = layout.empty_like(x, pooled=backend == "native")
@@ -111,7 +109,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _autograd(ctx: Any, grad_attention: list[Tensor], grad_mean: list[Tensor]) -> Any:
-    return torch.ops.maskd_kernels.attention_stats_backward(ctx.saved_tensors, grad_attention, grad_mean)
+    return ctx.run_backward(ctx.saved_tensors, grad_attention, grad_mean)
 
 
-register_gradient("attention_stats", _setup_context, _autograd)
+_operator = Operator("attention_stats", _forward, _backward, _setup_context, _autograd)

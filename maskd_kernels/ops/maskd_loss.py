@@ -21,6 +21,7 @@ from torch import Tensor
 
 from maskd_kernels import backends, native
 from maskd_kernels.ops import receptive_stats as stats_op
+from maskd_kernels.ops.registration import is_plain
 from maskd_kernels.reference import compute_dtype
 
 
@@ -46,13 +47,9 @@ def applies(
     teacher: Sequence[Tensor], tokens: Sequence[Tensor], student: Sequence[Tensor], parameters: Sequence[Tensor]
 ) -> bool:
     """Whether the kernel can compute this: eager mode, CPU, and nothing but the student is trained."""
-    if teacher[0].device.type != "cpu" or torch.compiler.is_compiling():
+    if teacher[0].device.type != "cpu" or not is_plain([*teacher, *student]):
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*teacher, *tokens, *parameters)):
-        return False
-    if any(type(x) not in (Tensor, torch.nn.Parameter) for x in (*teacher, *student)):
-        return False  # a tensor that only traces, and has no memory
-    if torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
         return False
     return backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype)) == "native"
 

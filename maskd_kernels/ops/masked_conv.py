@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from maskd_kernels import backends, native
-from maskd_kernels.ops.registration import register_gradient
+from maskd_kernels.ops.registration import Operator
 
 _NAME = "maskd_kernels::masked_conv"
 _BACKWARD_NAME = "maskd_kernels::masked_conv_backward"
@@ -39,7 +39,7 @@ def masked_conv(x: Tensor, keep: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     Returns:
         ``[N, D, H, W]``. Differentiable in x, weight and bias.
     """
-    result: Tensor = torch.ops.maskd_kernels.masked_conv(x, keep, weight, bias)
+    result: Tensor = _operator(x, keep, weight, bias)
     return result
 
 
@@ -64,7 +64,6 @@ def _as_matrix(weight: Tensor) -> Tensor:
     return weight.permute(1, 2, 3, 0).flatten(1)
 
 
-@torch.library.impl(_NAME, "CompositeExplicitAutograd")
 def _forward(x: Tensor, keep: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     n, _, height, width = x.shape
     d = weight.shape[0]
@@ -102,7 +101,6 @@ def _backward_fake(
     )
 
 
-@torch.library.impl(_BACKWARD_NAME, "CompositeExplicitAutograd")
 def _backward(
     x: Tensor, keep: Tensor, weight: Tensor, grad: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,10 +142,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needs = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
-    gradients = torch.ops.maskd_kernels.masked_conv_backward(*ctx.saved_tensors, grad, needs)
+    needs = [ctx.needs[i] for i in (0, 2, 3)]
+    gradients = ctx.run_backward(*ctx.saved_tensors, grad, needs)
     x, weight, bias = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
     return x, None, weight, bias
 
 
-register_gradient("masked_conv", _setup_context, _autograd)
+_operator = Operator("masked_conv", _forward, _backward, _setup_context, _autograd)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from maskd_kernels import backends, native, reference
 from maskd_kernels.ops import layout
-from maskd_kernels.ops.registration import register_gradient
+from maskd_kernels.ops.registration import Operator
 from maskd_kernels.reference import TAPS, ReceptiveStats, compute_dtype
 
 _NAME = "maskd_kernels::receptive_stats"
@@ -54,7 +54,7 @@ def receptive_stats(
     Returns:
         ``ReceptiveStats``; differentiable in every field but ``teacher_masks``.
     """
-    return ReceptiveStats(*torch.ops.maskd_kernels.receptive_stats(teacher, tokens, student, customize, sums))
+    return ReceptiveStats(*_operator(teacher, tokens, student, customize, sums))
 
 
 def _empty_stats(
@@ -92,7 +92,6 @@ def _fake(
     return tuple(_empty_stats(teacher, tokens, student, customize is not None, sums))
 
 
-@torch.library.impl(_NAME, "CompositeExplicitAutograd")
 def _forward(
     teacher: list[Tensor], tokens: list[Tensor], student: list[Tensor], customize: Tensor | None, sums: bool
 ) -> tuple[Tensor, ...]:
@@ -117,6 +116,7 @@ def empty_gradients(
     needs: Sequence[bool],
     pooled: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Memory for the gradients that are needed of teacher, tokens and student, laid out as the kernels write them."""
     interleaved = [layout.dense_view(x).interleaved for x in (student or teacher)]
 
     def like(features: Sequence[Tensor]) -> list[Tensor]:
@@ -142,7 +142,6 @@ def _backward_fake(
     return grad_teacher + grad_tokens + grad_student
 
 
-@torch.library.impl(_BACKWARD_NAME, "CompositeExplicitAutograd")
 def _backward(
     teacher: list[Tensor],
     tokens: list[Tensor],
@@ -189,11 +188,11 @@ def _autograd(ctx: Any, *grad: Tensor | None) -> tuple[Any, ...]:
     masks, teacher_masks, distance = tensors[-3:]
     teacher, tokens = tensors[:teacher_count], tensors[teacher_count : teacher_count + tokens_count]
     student = tensors[teacher_count + tokens_count : -3]
-    needs = [bool(needed) and any(needed) for needed in ctx.needs_input_grad[:3]]
+    needs = ctx.needs[:3]
     none = masks.new_empty(0)
     saved = [masks, teacher_masks, distance, none, none, none, none]
     upstream = [None if g is None or g.numel() == 0 else g for g in grad]
-    gradients = torch.ops.maskd_kernels.receptive_stats_backward(teacher, tokens, student, saved, upstream, needs)
+    gradients = ctx.run_backward(teacher, tokens, student, saved, upstream, needs)
     result: list[Any] = []
     for needed, count in zip(needs, (teacher_count, tokens_count, student_count), strict=True):
         result.append(gradients[:count] if needed else [None] * count)
@@ -201,7 +200,7 @@ def _autograd(ctx: Any, *grad: Tensor | None) -> tuple[Any, ...]:
     return (*result, None, None)
 
 
-register_gradient("receptive_stats", _setup_context, _autograd)
+_operator = Operator("receptive_stats", _forward, _backward, _setup_context, _autograd)
 
 
 # ---- The native kernels ------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskd_kernels import backends, native, reference
 from maskd_kernels.ops import layout
-from maskd_kernels.ops.registration import register_gradient
+from maskd_kernels.ops.registration import Operator
 from maskd_kernels.reference import compute_dtype
 
 _NAME = "maskd_kernels::scale_pixels"
@@ -37,7 +37,7 @@ def scale_pixels(x: Sequence[Tensor], scale: Sequence[Tensor]) -> list[Tensor]:
     """
     if layout.is_small(x, _SMALL):
         return reference.scale_pixels(x, scale)
-    return list(torch.ops.maskd_kernels.scale_pixels(x, scale))
+    return list(_operator(x, scale))
 
 
 @torch.library.register_fake(_NAME)
@@ -45,7 +45,6 @@ def _fake(x: list[Tensor], scale: list[Tensor]) -> list[Tensor]:
     return layout.empty_like(x)
 
 
-@torch.library.impl(_NAME, "CompositeExplicitAutograd")
 def _forward(x: list[Tensor], scale: list[Tensor]) -> list[Tensor]:
     backend = backends.resolve(x[0].device, compute_dtype(x[0].dtype))
     out = layout.empty_like(x, pooled=backend == "native")
@@ -79,7 +78,6 @@ def _backward_fake(x: list[Tensor], scale: list[Tensor], grad: list[Tensor], nee
     return list(chain(*_empty_gradients(x, scale, needs)))
 
 
-@torch.library.impl(_BACKWARD_NAME, "CompositeExplicitAutograd")
 def _backward(x: list[Tensor], scale: list[Tensor], grad: list[Tensor], needs: list[bool]) -> list[Tensor]:
     backend = backends.resolve(x[0].device, compute_dtype(x[0].dtype))
     grad_x, grad_scale = results = _empty_gradients(x, scale, needs, pooled=backend == "native")
@@ -113,11 +111,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _autograd(ctx: Any, grad: list[Tensor]) -> tuple[Any, ...]:
     x, scale = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-    needs = [any(needed) for needed in ctx.needs_input_grad[:2]]
-    gradients = torch.ops.maskd_kernels.scale_pixels_backward(x, scale, grad, needs)
+    needs = ctx.needs[:2]
+    gradients = ctx.run_backward(x, scale, grad, needs)
     none = [None] * ctx.count
     grad_x = gradients[: ctx.count] if needs[0] else none
     return grad_x, gradients[-ctx.count :] if needs[1] else none
 
 
-register_gradient("scale_pixels", _setup_context, _autograd)
+_operator = Operator("scale_pixels", _forward, _backward, _setup_context, _autograd)
