@@ -26,6 +26,7 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench --json bench/results
+	$(BIN)/python -m bench.scaling --json bench/results
 	$(BIN)/python -m bench.end_to_end --json bench/results
 	$(BIN)/python -m bench.plot
 	$(BIN)/python -m bench.document

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import platform
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -177,7 +176,7 @@ def main() -> int:
     parser.add_argument("--providers", default="", help="only these providers, by commas (default: all)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--seconds", type=float, default=8, help="time per case, beyond what checking takes")
+    parser.add_argument("--seconds", type=float, default=6, help="time per case, beyond what checking takes")
     parser.add_argument("--json", type=Path, help="folder for results")
     parser.add_argument("--keep-memory", action="store_true", help="have the C library keep freed memory (Linux)")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"), help="compare two result files")
@@ -196,7 +195,7 @@ def main() -> int:
     import torch
 
     from bench.cases import SUITES
-    from bench.timing import machine
+    from bench.timing import device_folder, machine
 
     torch.set_num_threads(options.threads)
     wanted = [name for name in options.providers.split(",") if name]
@@ -210,12 +209,9 @@ def main() -> int:
                 results.append(measure(case, options.device, options.seconds, wanted))
                 print(report(results[-1]), flush=True)
         if options.json:
-            about = machine()
-            device = about["gpu"] if options.device == "cuda" else f"{about['cpu']} {about['isa']}"
-            folder = options.json / re.sub(r"\W+", "-", device.lower()).strip("-")
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{suite}{'-keep-memory' if options.keep_memory else ''}.json"
-            path.write_text(json.dumps({"machine": about, "suite": suite, "results": results}, indent=1) + "\n")
+            kept = "-keep-memory" if options.keep_memory else ""
+            path = device_folder(options.json, options.device) / f"{suite}{kept}.json"
+            path.write_text(json.dumps({"machine": machine(), "suite": suite, "results": results}, indent=1) + "\n")
             print(f"\nwritten to {path}")
     return 0
 

@@ -7,12 +7,14 @@ Tokens are frozen except in the first provider:
 - ``published``: the same with tokens and weighting frozen; ``published_compiled``: under ``torch.compile``
 - ``simplified``: masks without a channel axis, the weighting from nine sums per channel, eager;
   ``simplified_compiled``: under ``torch.compile``; ``simplified_cudagraphs``: and replayed as CUDA graphs
-- ``reference`` / ``native`` / ``triton``: the backends of ``receptive_stats`` under ``maskd_loss``
+- ``reference`` / ``native`` / ``triton``: the backends under ``maskd_loss``; ``auto``: what users get, and
+  ``auto_weight_changes``: where the loss's weight is another one in every step, so that no gradient can be prepared
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -23,10 +25,14 @@ from bench.subjects import Outputs, Subject, by_backend, features
 from maskd_kernels import MaskModule, MaskWeighting, maskd_loss, reference, use_backend
 
 
-def simplified(student: Tensor, teacher: Tensor, tokens: Tensor, weighting: MaskWeighting | None) -> Tensor:
+def simplified(
+    student: Tensor, teacher: Tensor, tokens: Tensor, weighting: MaskWeighting | None, customize: bool = False
+) -> Tensor:
     """The loss without a channel axis in the masks and without a convolution: what a careful user writes in PyTorch."""
     s, t = student.flatten(2).float(), teacher.flatten(2).float()
     masks = (tokens @ t).sigmoid()  # [N, K, P]
+    if customize:
+        masks = masks * (tokens @ s.detach()).sigmoid()
     distance = (s - t).square().sum(1)  # [N, P]
     share = (masks.square() * distance[:, None]).sum(-1) / (t.shape[1] * masks.sum(-1))  # [N, K]
     if weighting is None:
@@ -72,7 +78,11 @@ def build(case: Case, device: str) -> Subject:
             return torch.stack(
                 [
                     reference.published_maskd_loss(
-                        a if images else a[..., None], b if images else b[..., None], m.mask_token, m.weighting
+                        a if images else a[..., None],
+                        b if images else b[..., None],
+                        m.mask_token,
+                        m.weighting,
+                        case.customize,
                     )
                     for a, b, m in zip(s, t, like, strict=True)
                 ]
@@ -81,11 +91,13 @@ def build(case: Case, device: str) -> Subject:
         return loss
 
     def simple(s: list[Tensor], t: list[Tensor]) -> Tensor:
-        losses = [simplified(a, b, e, w) for a, b, e, w in zip(s, t, tokens, weighting, strict=True)]
+        levels = zip(s, t, tokens, weighting, strict=True)
+        losses = [simplified(a, b, e, w, case.customize) for a, b, e, w in levels]
         return torch.stack(losses).sum()
 
     def ours(s: list[Tensor], t: list[Tensor], e: list[Tensor], w: list[MaskWeighting | None]) -> Outputs:
-        loss = maskd_loss(s, t, e, weighting=[x for x in w if x is not None] or None)
+        weights = [x for x in w if x is not None] or None
+        loss = maskd_loss(s, t, e, weighting=weights, customize=case.customize)
         assert isinstance(loss, Tensor)
         return [loss]
 
@@ -97,6 +109,11 @@ def build(case: Case, device: str) -> Subject:
     if device == "cuda":
         replayed = torch.compile(simple, dynamic=False, mode="reduce-overhead")
         graphs["simplified_cudagraphs"] = lambda: [replayed(students, teachers)]
+    changing = itertools.cycle([1.0, 1.0 + 2.0**-20])
+
+    def weighted() -> Outputs:
+        return [next(changing) * ours(students, teachers, tokens, weighting)[0]]
+
     providers: dict[str, Callable[[], Outputs]] = {
         "published_as_shipped": lambda: [published(shipped)(students, teachers)],
         "published": lambda: [published(frozen)(students, teachers)],
@@ -104,6 +121,7 @@ def build(case: Case, device: str) -> Subject:
         "simplified": lambda: [simple(students, teachers)],
         "simplified_compiled": lambda: [simple_compiled(students, teachers)],
         **by_backend(lambda: ours(students, teachers, tokens, weighting), device),
+        "auto_weight_changes": weighted,
         **graphs,
     }
 
@@ -112,8 +130,8 @@ def build(case: Case, device: str) -> Subject:
         with use_backend("reference"):
             return ours(leaves, [t.double() for t in teachers], [e.double() for e in tokens], doubles)
 
-    # Forward reads student and teacher, backward reads both again and writes the student's gradient: 5, of which no
-    # algorithm can do without 3.
-    return Subject(
-        students, None, providers, exact, 5, also={"published_as_shipped": [p for m in shipped for p in m.parameters()]}
-    )
+    # The kernels read the teacher, then student and teacher, and write the student's gradient: 4. Masks that depend on
+    # the student, and separate launches on a GPU, read both maps in both passes: 5. No algorithm can do without 3.
+    units = 5 if case.customize or device == "cuda" else 4
+    also = {"published_as_shipped": [p for m in shipped for p in m.parameters()]}
+    return Subject(students, None, providers, exact, units, also=also)

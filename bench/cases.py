@@ -25,6 +25,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
     mask_on_channel: bool = False
+    customize: bool = False  # masks multiplied by the student's own
 
     @property
     def map_bytes(self) -> int:
@@ -76,6 +77,7 @@ SUITES: dict[str, list[Case]] = {
     # What `make bench` runs on a CPU.
     "maskd": [
         *variants(P3),
+        dataclasses.replace(P3, customize=True, name="RetinaNet P3, N=2, customised"),
         PYRAMID,
         dataclasses.replace(PYRAMID, dtype=torch.bfloat16),
         LOGITS,

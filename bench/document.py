@@ -119,6 +119,20 @@ def detail_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def scaling_table(name: str, points: list[dict[str, Any]]) -> list[str]:
+    """A series: what grows, each provider's time, and that time over the first point's."""
+    providers = list(points[0]["times"])
+    head = [name, *(x for p in providers for x in (f"{p}, ms", "of the first"))]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for point in points:
+        cells = [f"{point['x']:g}"]
+        for p in providers:
+            first, time = points[0]["times"][p]["median_ms"], point["times"][p]["median_ms"]
+            cells += [f"{time:.3f}", f"{time / first:.2f}×"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def page() -> str:
     """docs/benchmarks.md."""
     lines = [
@@ -158,8 +172,19 @@ def page() -> str:
         lines += ["", *ratio_table(results, with_subject=True)]
         for result in results:
             lines += ["", f"### {result['case']['subject']}: {result['title']}", "", *detail_table(result)]
-    end_to_end = RESULTS.glob("*/end_to_end.json")
-    for path in sorted(end_to_end):
+    for path in sorted(RESULTS.glob("*/scaling.json")):
+        content = json.loads(path.read_text())
+        lines += [
+            "",
+            f"## Scaling, on {_device(content)}",
+            "",
+            content["about"],
+            "",
+            "![Scaling](benchmarks/scaling.png)",
+        ]
+        for name, points in content["series"].items():
+            lines += ["", *scaling_table(name, points)]
+    for path in sorted(RESULTS.glob("*/end_to_end.json")):
         content = json.loads(path.read_text())
         lines += ["", f"## A training step, end to end, on {_device(content)}", "", content["about"], ""]
         lines += ["| distillation | step, ms | p20 | p80 | share of the step | peak memory, MiB |", "|" + "---|" * 6]

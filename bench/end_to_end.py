@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.timing import interleaved, machine, peak_extra_bytes, time_once
+from bench.timing import device_folder, interleaved, machine, peak_extra_bytes, time_once
 from maskd_kernels import Distiller, MasKDLoss, Tap, reference
 
 CHANNELS = [256] * 5
@@ -128,12 +127,10 @@ def main() -> None:
         "backward without the optimizer. Share: what is added to the step without distillation, of the whole step."
     )
     if options.json:
-        info = machine()
-        device = info["gpu"] if options.device == "cuda" else f"{info['cpu']} {info['isa']}"
-        folder = options.json / re.sub(r"\W+", "-", device.lower()).strip("-")
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {"machine": info, "about": about, "rows": rows}
-        (folder / "end_to_end.json").write_text(json.dumps(content, indent=1) + "\n")
+        content = {"machine": machine(), "about": about, "rows": rows}
+        (device_folder(options.json, options.device) / "end_to_end.json").write_text(
+            json.dumps(content, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -87,6 +87,28 @@ def draw_roofline(results: list[dict[str, Any]], path: Path) -> None:
     _axes(0.7 * len(results), path, draw)
 
 
+def draw_scaling(series: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """A panel per series; where time should grow with what is on the axis, a line shows that growth."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(series), 3.2), layout="constrained")
+    for axis, (name, points) in zip(figure.subplots(1, len(series)), series.items(), strict=True):
+        x = [p["x"] for p in points]
+        for provider in points[0]["times"]:
+            axis.plot(x, [p["times"][provider]["median_ms"] for p in points], "o-", markersize=3, label=provider)
+        if name in ("pixels", "images", "tokens"):
+            first = points[0]["times"]["maskd-kernels"]["median_ms"]
+            axis.plot(x, [first * value / x[0] for value in x], ":", color="0.6", label="in proportion")
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
+        axis.set_xlabel(name)
+        axis.set_ylabel("ms, forward and backward, caches cold")
+        axis.legend(frameon=False, fontsize=6)
+    figure.savefig(path, dpi=130, format="png")
+
+
 def main() -> None:
     """All pictures, of the first device that has results."""
     suites = {name: load(name) for name in ("maskd", "operators")}
@@ -94,6 +116,9 @@ def main() -> None:
     draw_ratios(results["maskd"], FOLDER / "ratios.png")
     draw_memory(results["maskd"], FOLDER / "memory.png")
     draw_roofline([*results["maskd"], *results.get("operators", [])], FOLDER / "roofline.png")
+    scaling = load("scaling")
+    if scaling:
+        draw_scaling(scaling[0][1]["series"], FOLDER / "scaling.png")
 
 
 if __name__ == "__main__":

@@ -67,8 +67,8 @@ def streaming_pass(case: Case, device: str, units: float = 3) -> Callable[[], An
     a, b = torch.randn(count, device=device), torch.randn(count, device=device)
     out = torch.empty_like(a)
     if device == "cpu" and native.available():
-        stream, threads = native.module().streaming_difference, torch.get_num_threads()
-        return lambda: (stream(a.data_ptr(), b.data_ptr(), out.data_ptr(), count, threads), a, b)[0]
+        stream, threads = native.module().streaming_difference, torch.get_num_threads
+        return lambda: (stream(a.data_ptr(), b.data_ptr(), out.data_ptr(), count, threads()), a, b)[0]
     return lambda: torch.sub(a, b, out=out)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import time
@@ -159,3 +160,12 @@ def machine() -> dict[str, Any]:
         "driver": _driver(),
         "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
     }
+
+
+def device_folder(root: Path, device: str) -> Path:
+    """Where the results of this machine lie, named by its GPU, or by processor and instruction set."""
+    info = machine()
+    name = info["gpu"] if device == "cuda" else f"{info['cpu']} {info['isa']}"
+    folder = root / re.sub(r"\W+", "-", name.lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -12,12 +12,16 @@ from torch import Tensor
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether kernels may run outside the dispatcher: nothing traces, transforms or watches the call."""
-    return (
-        all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta for x in tensors)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling():
+        return False
+    for x in tensors:
+        if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+            return False
+    return not (
+        tensors[0].is_meta
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
     )
 
 
