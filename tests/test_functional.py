@@ -326,3 +326,14 @@ def test_squared_error_and_attention(backend):
 def test_bad_input_of_streaming_functions(call, error, message):
     with pytest.raises(error, match=message):
         call(maskd_kernels, torch.randn(2, 5, 3, 4, device=DEVICE))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traced_code_holds_the_operator_and_vmap_names_it():
+    """Nothing that records or transforms a call may meet the kernels behind the dispatcher's back."""
+    student, teacher = features((2, 10, 7, 9), grad=False), features((2, 10, 7, 9), grad=False)
+    tokens = torch.randn(6, 10, device=DEVICE)
+    traced = torch.jit.trace(lambda s: maskd_kernels.maskd_loss(s, teacher, tokens), student)
+    assert_close(traced(2 * student), maskd_kernels.maskd_loss(2 * student, teacher, tokens), 2e-6, "traced")
+    with pytest.raises(RuntimeError, match="maskd_kernels::receptive_stats"):
+        torch.func.vmap(lambda s, t: maskd_kernels.maskd_loss(s[None], t[None], tokens))(student, teacher)

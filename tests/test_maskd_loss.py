@@ -18,6 +18,7 @@ SHAPES = {
     "one level": [(2, 10, 7, 9)],
     "levels": [(2, 10, 13, 17), (2, 6, 7, 9), (2, 3, 1, 1)],
     "large": [(2, 70, 50, 84)],
+    "past the caches, rows across vectors": [(2, 131, 65, 63)],
     "one row": [(1, 5, 1, 40)],
     "one column": [(3, 5, 40, 1)],
 }
@@ -210,6 +211,9 @@ def test_edge_values():
     assert loss.isnan()
     assert gradient[1].isnan().all()
     assert not gradient[0].isnan().any()
+    extreme = [w._replace(projection_bias=torch.tensor([300.0, -300, 0, 299, 1, 2])) for w in weighting]
+    loss, _ = both((*make([(2, 10, 7, 9)])[:2], tokens, extreme))
+    assert loss.isfinite()
     empty = make([(0, 10, 7, 9)])
     loss, (gradient,) = both(empty)
     assert loss == 0
