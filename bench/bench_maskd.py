@@ -109,10 +109,11 @@ def build(case: Case, device: str) -> Subject:
     if device == "cuda":
         replayed = torch.compile(simple, dynamic=False, mode="reduce-overhead")
         graphs["simplified_cudagraphs"] = lambda: [replayed(students, teachers)]
-    changing = itertools.cycle([1.0, 1.0 + 2.0**-20])
+    # What weight is expected is remembered by the tokens.
+    changing, own_tokens = itertools.cycle([1.0, 1.0 + 2.0**-20]), [e.clone() for e in tokens]
 
     def weighted() -> Outputs:
-        return [next(changing) * ours(students, teachers, tokens, weighting)[0]]
+        return [next(changing) * ours(students, teachers, own_tokens, weighting)[0]]
 
     providers: dict[str, Callable[[], Outputs]] = {
         "published_as_shipped": lambda: [published(shipped)(students, teachers)],

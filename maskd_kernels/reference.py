@@ -200,7 +200,7 @@ def published_maskd_loss(
 def scale_pixels(x: Sequence[Tensor], scale: Sequence[Tensor]) -> list[Tensor]:
     """``y = scale x``, per level: x ``[N, C, *spatial]``, scale ``[N, P]`` in the compute dtype."""
     return [
-        (level.flatten(2).to(s.dtype) * s[:, None]).reshape(level.shape).to(level.dtype)
+        (level.to(s.dtype) * s.reshape(s.shape[0], 1, *level.shape[2:])).to(level.dtype)
         for level, s in zip(x, scale, strict=True)
     ]
 
@@ -263,7 +263,7 @@ def attention_stats(x: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Per level ``[N, C, *spatial]``: ``sum_c |x| / C`` ``[N, P]`` and the channels' means ``[N, C]``."""
     flat = [level.flatten(2).to(compute_dtype(level.dtype)) for level in x]
     return (
-        [level.abs().sum(1) / level.shape[1] for level in flat],
+        [level.abs().mean(1) for level in flat],
         [level.sum(-1) / max(level.shape[2], 1) for level in flat],
     )
 

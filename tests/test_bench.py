@@ -9,9 +9,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from bench import scaling
 from bench.__main__ import measure, prepare, report
 from bench.cases import SUITES, Case
 from bench.compare import compare
+from bench.document import scaling_table
 from bench.subjects import build
 
 TINY = {
@@ -75,6 +77,29 @@ def test_suites_cover_the_papers_shapes():
     assert {c.dtype for c in SUITES["maskd"]} == {torch.float32, torch.bfloat16}
     assert {c.channels_last for c in SUITES["maskd"]} == {False, True}
     assert Case("maskd", "", 2, 19, ((64, 128),)).map_bytes == 2 * 19 * 64 * 128 * 4
+
+
+def test_scaling(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "P4", (5, 4))
+    monkeypatch.setattr(scaling, "SIZES", {"pixels": [(3, 4), (5, 4)], "images": [1, 2]})
+    monkeypatch.setattr(scaling, "TOKENS", [1, 3])
+    monkeypatch.setattr(scaling, "MASKED", [0.5])
+    monkeypatch.setattr(scaling, "LARGE", Case("maskd", "tiny", 2, 8, ((5, 4),)))
+    monkeypatch.setattr(sys, "argv", ["scaling", "--seconds", "0.01", "--json", str(tmp_path)])
+    threads = torch.get_num_threads()
+    try:
+        scaling.main()
+    finally:
+        torch.set_num_threads(threads)
+    (path,) = tmp_path.glob("*/scaling.json")
+    series = json.loads(path.read_text())["series"]
+    assert [p["x"] for p in series["pixels"]] == [12, 20]
+    assert [p["x"] for p in series["threads"]] == [1, 2]
+    assert set(series["share masked"][0]["times"]) == {"maskd-kernels", "library", "library, channels-last"}
+    table = scaling_table("tokens", series["tokens"])
+    assert table[2].startswith("| 1 | ")
+    assert "| 1.00× |" in table[2]
+    assert len(table) == 4
 
 
 def result_file(path, ours, floor):

@@ -1,8 +1,9 @@
 """The MasKD loss with frozen tokens on a CPU: loss and student gradient in one call of the native kernel.
 
 ``functional.maskd_loss`` is defined by ``receptive_stats`` and a few lines on its statistics; this computes the same
-where nothing but the student is trained. Two things make it faster. The student is read once, since its gradient
-does not depend on its error; and what follows the statistics runs inside the kernel, not as twenty small operations.
+where nothing but the student is trained. Two things make it faster. Its gradient does not depend on its error, so both
+take one pass over the student (two where masks are customised by it); and what follows the statistics runs inside the
+kernel, not as twenty small operations.
 
 The gradient is prepared before the upstream gradient is known, with the one that came last: it is the loss's weight,
 which seldom changes. Where it did change, the prepared gradient is dropped and computed anew, to the same bits.
