@@ -91,7 +91,8 @@ def draw_scaling(series: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """A panel per series; where time should grow with what is on the axis, a line shows that growth."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2 * len(series), 3.2), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(series), 3.6), layout="constrained")
+    figure.supylabel("ms, forward and backward, caches cold", fontsize=8)
     for axis, (name, points) in zip(figure.subplots(1, len(series)), series.items(), strict=True):
         x = [p["x"] for p in points]
         for provider in points[0]["times"]:
@@ -103,8 +104,9 @@ def draw_scaling(series: dict[str, list[dict[str, Any]]], path: Path) -> None:
             axis.set_yscale("log")
         else:
             axis.set_ylim(bottom=0)
+        axis.set_xticks(x, [f"{value:g}" for value in x])
+        axis.minorticks_off()
         axis.set_xlabel(name)
-        axis.set_ylabel("ms, forward and backward, caches cold")
         axis.legend(frameon=False, fontsize=6)
     figure.savefig(path, dpi=130, format="png")
 
