@@ -1,7 +1,7 @@
 """``python -m bench.scaling``: how time grows with pixels, images, tokens, threads, and the share of pixels kept.
 
-Forward and backward with cold caches on a CPU; every point of every series runs interleaved with all others. The
-series of threads also times a streaming pass, which says what the machine's memory allows.
+Forward and backward with cold caches on a CPU; the points of a series run interleaved, beside a streaming pass that
+says what the machine's memory allows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from bench.cases import Case
 from bench.subjects import features, streaming_pass
 from bench.timing import Cold, device_folder, interleaved, machine, time_once
-from maskd_kernels import MaskModule, maskd_loss
+from maskd_kernels import MaskModule, maskd_loss, native
 from maskd_kernels.ops.masked_conv import masked_conv
 
 P4 = (50, 84)
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--json", type=Path, help="folder for results")
     options = parser.parse_args()
-    points, cold, calls = series(options.threads), Cold("cpu"), {}
+    cold = Cold("cpu")
 
     def chilled(call: Callable[[], Any], threads: int) -> float:
         cold()
@@ -100,18 +100,21 @@ def main() -> None:
             torch.set_num_threads(options.threads)
 
     torch.set_num_threads(options.threads)
+    result: dict[str, Any] = {}
+    points = series(options.threads)
     for name, row in points.items():
+        calls = {}
         for i, point in enumerate(row):
             for provider, call in point["calls"].items():
                 call()
-                calls[f"{name}/{i}/{provider}"] = lambda call=call, n=point["threads"]: chilled(call, n)
-    timings = interleaved(calls, options.seconds)
-    result: dict[str, Any] = {name: [] for name in points}
-    for name, row in points.items():
+                calls[f"{i}/{provider}"] = lambda call=call, n=point["threads"]: chilled(call, n)
+        timings = interleaved(calls, options.seconds / len(points))
+        result[name] = []
         for i, point in enumerate(row):
-            times = {p: dataclasses.asdict(timings[f"{name}/{i}/{p}"]) for p in point["calls"]}
+            times = {p: dataclasses.asdict(timings[f"{i}/{p}"]) for p in point["calls"]}
             result[name].append({"x": point["x"], "times": times})
             print(f"{name:14s}{point['x']:10g}" + "".join(f"  {p}: {t['median_ms']:.3f} ms" for p, t in times.items()))
+        native.release_memory()  # what the sizes of this series needed
     about = (
         "MasKD's loss, forward and backward, caches cold, C=256, float32, weighted: pixels at N=2, K=6; images at "
         "50x84, K=6; tokens at 50x84, N=2; threads at 100x168, N=2, K=6. Share masked: the 3x3 convolution of an image "
