@@ -24,18 +24,6 @@ struct LossScratch {
   }
 };
 
-template <typename T>
-MASKD_INLINE T dot(const T* a, const T* b, int64_t count) {
-  constexpr int64_t L = kLanes<T>;
-  Vec<T> sums[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * L <= count; i += 4 * L)
-    for (int64_t j = 0; j < 4; ++j) sums[j] += load(a + i + j * L) * load(b + i + j * L);
-  T total = horizontal_sum<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  for (; i < count; ++i) total += a[i] * b[i];
-  return total;
-}
-
 // weights [N, K]: softmax of the weighting module's logits. The average of a convolution's output is its weights times
 // the average of what each tap reads. `mean` [N, 9C] and `hidden` [N, C] are scratch.
 template <typename T>
@@ -55,12 +43,12 @@ void mask_weights(const ReceptiveProblem& problem, const ReceptiveLevel& level, 
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t c = 0; c < C; ++c)
     for (int64_t n = 0; n < N; ++n)
-      hidden[n * C + c] = conv_bias[c] + dot(conv_weight + c * taps, mean + n * taps, taps);
+      hidden[n * C + c] = conv_bias[c] + dot_run<T, 4>(conv_weight + c * taps, mean + n * taps, taps);
   for (int64_t n = 0; n < N; ++n) {
     T* row = weights + n * K;
     T largest = -std::numeric_limits<T>::infinity(), total = 0;
     for (int64_t k = 0; k < K; ++k) {
-      row[k] = bias[k] + dot(projection + k * C, hidden + n * C, C);
+      row[k] = bias[k] + dot_run<T, 4>(projection + k * C, hidden + n * C, C);
       if (!(row[k] <= largest)) largest = row[k];  // NaN stays
     }
     for (int64_t k = 0; k < K; ++k) total += row[k] = std::exp(row[k] - largest);
@@ -203,7 +191,6 @@ void run(const MaskdLoss& call) {
       written_bytes += N * level.channels * level.pixels * size_of(level.grad_student.dtype);
   }
   const bool stream = written_bytes >= kStreamBytes;
-  const int64_t own_bytes = scratch_bytes<LossScratch<T>>(problem, plan.max_size, plan.max_channels);
   const int64_t sums_size = call.weighting ? N * kTaps * problem.total_channels : 0;
   Workspace memory;
   T *mass = nullptr, *sums = nullptr, *mean = nullptr, *hidden = nullptr, *scaled = nullptr;
@@ -216,7 +203,7 @@ void run(const MaskdLoss& call) {
     mean = arena.take<T>(call.weighting ? N * kTaps * plan.max_channels : 0);
     hidden = arena.take<T>(call.weighting ? N * plan.max_channels : 0);
     errors = arena.take<double>(first_error[levels]);
-    scratch_base = arena.take<char>(threads * own_bytes);
+    scratch_base = arena.take<char>(threads * scratch_bytes<LossScratch<T>>(plan));
   });
 
   ReceptiveProblem first = problem;
@@ -238,12 +225,7 @@ void run(const MaskdLoss& call) {
   int started = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    int mine = 0;
-#pragma omp atomic capture
-    mine = started++;
-    Arena own{scratch_base + mine * own_bytes};
-    LossScratch<T> scratch{};
-    scratch.take(own, problem, plan.max_size, plan.max_channels);
+    const auto scratch = own_scratch<LossScratch<T>>(plan, scratch_base, &started);
     // In reverse, so that the pass starts in what the first left in the caches.
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t step = 0; step < plan.total; ++step) {

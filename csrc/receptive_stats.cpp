@@ -361,7 +361,6 @@ void forward(const ReceptiveProblem& problem, const ReceptiveStats& out) {
   const int threads = worker_count(problem);
   const int64_t partial_size = 2 * K + K * (K + 1) / 2;
   const int64_t sums_size = out.sums ? kTaps * plan.max_channels : 0;
-  const int64_t own_bytes = scratch_bytes<ForwardScratch<T>>(problem, plan.max_size, plan.max_channels);
   Workspace memory;
   double* partials = nullptr;
   T* sums = nullptr;
@@ -369,18 +368,13 @@ void forward(const ReceptiveProblem& problem, const ReceptiveStats& out) {
   memory.provide([&](Arena& arena) {
     partials = arena.take<double>(plan.total * partial_size);
     sums = arena.take<T>(plan.total * sums_size);
-    scratch_base = arena.take<char>(threads * own_bytes);
+    scratch_base = arena.take<char>(threads * scratch_bytes<ForwardScratch<T>>(plan));
   });
 
   int started = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    int mine = 0;
-#pragma omp atomic capture
-    mine = started++;
-    Arena own{scratch_base + mine * own_bytes};
-    ForwardScratch<T> scratch{};
-    scratch.take(own, problem, plan.max_size, plan.max_channels);
+    const auto scratch = own_scratch<ForwardScratch<T>>(plan, scratch_base, &started);
     // Neighbouring tiles are read together, and whoever is held up takes fewer.
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < plan.total; ++task) {

@@ -54,17 +54,6 @@ void token_logit_gradients(const ReceptiveProblem& problem, const Tile& tile, co
 }
 
 template <typename T>
-MASKD_INLINE T dot_run(const T* a, const T* b, int64_t count) {
-  constexpr int64_t L = kLanes<T>;
-  Vec<T> sum{};
-  int64_t i = 0;
-  for (; i + L <= count; i += L) sum += load(a + i) * load(b + i);
-  T total = horizontal_sum<T>(sum);
-  for (; i < count; ++i) total += a[i] * b[i];
-  return total;
-}
-
-template <typename T>
 MASKD_INLINE void add_scaled_run(T* to, const T* from, T factor, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] += factor * from[i];
 }
@@ -102,7 +91,7 @@ struct BackwardTile {
       student_run(t, c, tile.begin, count, [&](int64_t i) { return scratch.coefficient[i]; });
       if (token_partial)
         for (int64_t k = 0; k < K; ++k)
-          token_partial[k * C + c] = dot_run(scratch.grad_logits + k * tile.stride, t, count);
+          token_partial[k * C + c] = dot_run<T, 1>(scratch.grad_logits + k * tile.stride, t, count);
       if (level.grad_teacher.present()) {
         T* row = scratch.result_row;
         start_teacher_run(row, count);
@@ -184,14 +173,13 @@ void backward(const ReceptiveProblem& problem, const ReceptiveStats& saved, cons
   const int threads = worker_count(problem);
   const int64_t partial_size = tokens_wanted ? K * plan.max_channels : 0;
   const int64_t sets_size = grad.sums ? kTaps * problem.total_channels : 0;
-  const int64_t own_bytes = scratch_bytes<BackwardScratch<T>>(problem, plan.max_size, plan.max_channels);
   Workspace memory;
   T *partials = nullptr, *sets_grad = nullptr;
   char* scratch_base = nullptr;
   memory.provide([&](Arena& arena) {
     partials = arena.take<T>(plan.total * partial_size);
     sets_grad = arena.take<T>(problem.batch * sets_size);
-    scratch_base = arena.take<char>(threads * own_bytes);
+    scratch_base = arena.take<char>(threads * scratch_bytes<BackwardScratch<T>>(plan));
   });
   for (int64_t n = 0; grad.sums && n < problem.batch; ++n) {
     for (int64_t c = 0; c < problem.total_channels; ++c)
@@ -202,12 +190,7 @@ void backward(const ReceptiveProblem& problem, const ReceptiveStats& saved, cons
   int started = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    int mine = 0;
-#pragma omp atomic capture
-    mine = started++;
-    Arena own{scratch_base + mine * own_bytes};
-    BackwardScratch<T> scratch{};
-    scratch.take(own, problem, plan.max_size, plan.max_channels);
+    const auto scratch = own_scratch<BackwardScratch<T>>(plan, scratch_base, &started);
     // In reverse, so that the pass starts in what the forward left in the caches.
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t step = 0; step < plan.total; ++step) {

@@ -44,14 +44,6 @@ struct Workspace {
   }
 };
 
-// What one thread's scratch takes.
-template <typename Scratch>
-int64_t scratch_bytes(const ReceptiveProblem& problem, int64_t tile, int64_t channels) {
-  Arena sizes;
-  Scratch{}.take(sizes, problem, tile, channels);
-  return sizes.used;
-}
-
 // Pixels per tile: long rows, because the processor's prefetching follows a row and loses it where the tile ends.
 template <typename T>
 int64_t tile_pixels(const ReceptiveProblem& problem, const ReceptiveLevel& level, int64_t accumulators) {
@@ -130,6 +122,26 @@ Plan lay_out(const ReceptiveProblem& problem, int64_t* table, int64_t accumulato
   return plan;
 }
 
+// What one thread's scratch takes.
+template <typename Scratch>
+int64_t scratch_bytes(const Plan& plan) {
+  Arena sizes;
+  Scratch{}.take(sizes, *plan.problem, plan.max_size, plan.max_channels);
+  return sizes.used;
+}
+
+// The calling thread's scratch, of those that lie behind `base`; `started` counts the threads that have theirs.
+template <typename Scratch>
+Scratch own_scratch(const Plan& plan, char* base, int* started) {
+  int mine = 0;
+#pragma omp atomic capture
+  mine = (*started)++;
+  Arena own{base + mine * scratch_bytes<Scratch>(plan)};
+  Scratch scratch{};
+  scratch.take(own, *plan.problem, plan.max_size, plan.max_channels);
+  return scratch;
+}
+
 int worker_count(const ReceptiveProblem& problem) {
   int64_t elements = 0;
   for (int64_t l = 0; l < problem.num_levels; ++l)
@@ -175,6 +187,21 @@ void taps_to_sets(const T* taps, T* sets, int64_t stride) {
   const T result[kTaps] = {
       row[0] + row[1] + row[2], -row[2], -row[0], -column[2], -column[0], g[2][2], g[2][0], g[0][2], g[0][0]};
   for (int i = 0; i < kTaps; ++i) sets[i * stride] = result[i];
+}
+
+// a . b, in kSums sums side by side, a power of two: more of them where the run is long and nothing else is going on.
+template <typename T, int64_t kSums>
+MASKD_INLINE T dot_run(const T* a, const T* b, int64_t count) {
+  constexpr int64_t L = kLanes<T>;
+  Vec<T> sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums * L <= count; i += kSums * L)
+    for (int64_t j = 0; j < kSums; ++j) sums[j] += load(a + i + j * L) * load(b + i + j * L);
+  for (int64_t half = kSums / 2; half > 0; half /= 2)
+    for (int64_t j = 0; j < half; ++j) sums[j] = sums[2 * j] + sums[2 * j + 1];
+  T total = horizontal_sum<T>(sums[0]);
+  for (; i < count; ++i) total += a[i] * b[i];
+  return total;
 }
 
 template <typename T>

@@ -223,8 +223,8 @@ def maskd_loss(
     match_tokens(e, t)
     if w:
         match_weighting(w, t, e[0].shape[0])
-    t, e, s = _computable(t, e, s)
     if not return_dice and loss_op.applies(t, e, s, [x for level in w for x in level]):
+        t, e, s = _computable(t, e, s)
         return loss_op.maskd_loss(t, e, s, w, bool(customize), eps)
     with _full_precision(t[0]):
         stats = _stats(t, e, s, customize, sums=len(w) > 0)
