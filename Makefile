@@ -48,12 +48,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h python/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h python/*.cpp python/*.h
 
 format:
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h python/*.cpp
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h python/*.cpp python/*.h
 
 clean:
 	rm -rf $(VENV) build dist demo_output *.egg-info maskd_kernels/*.so

@@ -11,8 +11,18 @@
 namespace maskd {
 namespace {
 
-constexpr int64_t kGranule = 64 << 10;  // capacities are multiples of it
+constexpr int64_t kPooledBytes = 128 << 10;  // from here on
+constexpr int64_t kGranule = 64 << 10;       // pooled capacities are multiples of it
+constexpr int64_t kCacheLine = 64;
 constexpr int64_t kHugePage = 2 << 20;
+
+int64_t round_up(int64_t bytes, int64_t multiple) { return (bytes + multiple - 1) / multiple * multiple; }
+
+void* allocate(int64_t bytes, int64_t boundary) {
+  void* data = std::aligned_alloc(size_t(boundary), size_t(round_up(bytes, boundary)));
+  if (!data && bytes > 0) throw std::bad_alloc();
+  return data;
+}
 
 struct Piece {
   void* data;
@@ -40,7 +50,12 @@ Pool& pool() {
 
 }  // namespace
 
-Block::Block(int64_t bytes) : bytes_(bytes), capacity_((bytes + kGranule - 1) / kGranule * kGranule) {
+Block::Block(int64_t bytes) : capacity_(bytes) {
+  if (bytes < kPooledBytes) {
+    data_ = allocate(bytes, kCacheLine);
+    return;
+  }
+  capacity_ = round_up(bytes, kGranule);
   Pool& p = pool();
   std::lock_guard<std::mutex> lock(p.mutex);
   for (auto piece = p.idle.begin(); piece != p.idle.end(); ++piece) {
@@ -53,8 +68,7 @@ Block::Block(int64_t bytes) : bytes_(bytes), capacity_((bytes + kGranule - 1) / 
     return;
   }
   const bool huge = capacity_ >= kHugePage;
-  data_ = std::aligned_alloc(size_t(huge ? kHugePage : kGranule), size_t(capacity_));
-  if (!data_) throw std::bad_alloc();
+  data_ = allocate(capacity_, huge ? kHugePage : kGranule);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   if (huge) madvise(data_, size_t(capacity_), MADV_HUGEPAGE);
 #endif
@@ -63,6 +77,10 @@ Block::Block(int64_t bytes) : bytes_(bytes), capacity_((bytes + kGranule - 1) / 
 }
 
 Block::~Block() {
+  if (capacity_ < kPooledBytes) {
+    std::free(data_);
+    return;
+  }
   Pool& p = pool();
   std::lock_guard<std::mutex> lock(p.mutex);
   p.in_use -= capacity_, p.idle_bytes += capacity_;

@@ -6,8 +6,8 @@
 
 namespace maskd {
 
-// One piece of memory; a large one lies on 2 MiB boundaries so that huge pages can back it. Destroying it gives it back
-// to the pool.
+// One piece of memory, on a boundary of 64 bytes at least; a large one lies on 2 MiB boundaries so that huge pages can
+// back it. Destroying it gives it back to the pool, or a small one to the C library, which keeps those by itself.
 class Block {
  public:
   explicit Block(int64_t bytes);  // throws std::bad_alloc
@@ -16,12 +16,10 @@ class Block {
   Block& operator=(const Block&) = delete;
 
   void* data() const { return data_; }
-  int64_t bytes() const { return bytes_; }
 
  private:
   void* data_;
-  int64_t bytes_;     // as asked for
-  int64_t capacity_;  // as taken
+  int64_t capacity_;
 };
 
 struct PoolState {

@@ -8,11 +8,15 @@ import math
 import os
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils import deterministic
+from torch.utils.dlpack import from_dlpack
+
+if TYPE_CHECKING:
+    from maskd_kernels.ops.layout import Feature
 
 
 class NativeUnavailableError(RuntimeError):
@@ -57,7 +61,7 @@ def module() -> ModuleType:
     return loaded
 
 
-_POOLED_BYTES = 1 << 17  # smaller blocks the C library keeps and reuses by itself
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/common.h, DType
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None) -> Tensor:
@@ -65,32 +69,27 @@ def empty(shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None
 
     Idle memory never exceeds twice what was in use at one time; ``release_memory()`` returns it to the system.
     """
-    count = math.prod(shape)
-    if count * dtype.itemsize < _POOLED_BYTES:
-        return torch.empty(shape, dtype=dtype) if stride is None else torch.empty_strided(shape, stride, dtype=dtype)
-    stride = torch.empty(shape, device="meta").stride() if stride is None else stride
-    memory = torch.frombuffer(module().Block(count * dtype.itemsize), dtype=torch.uint8)
-    # Not a view of another tensor: what is returned to users may be changed in place.
-    tensor = torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, tuple(shape), tuple(stride))
+    if stride is None:
+        stride = [1] * len(shape)
+        for axis in range(len(shape) - 1, 0, -1):
+            stride[axis - 1] = stride[axis] * max(shape[axis], 1)
+    tensor: Tensor = from_dlpack(module().new_tensor(shape, stride, _DTYPE_CODES[dtype]))
     if torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
         tensor.fill_(math.nan)  # as torch.empty does
     return tensor
 
 
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/common.h, DType
 ABSENT = (0, 0, 0, 0, 0)
 
 
-def describe(view: Tensor) -> tuple[int, int, int, int, int]:  # [N, C, P]
+def describe(feature: Feature) -> tuple[int, int, int, int, int]:
     """A feature as the extension takes it: address, dtype code, strides."""
-    n, c, p = view.stride()
-    return view.data_ptr(), _DTYPE_CODES[view.dtype], n, c, p
+    return feature.tensor.data_ptr(), _DTYPE_CODES[feature.tensor.dtype], *feature.stride
 
 
-def map_shape(view: Tensor, interleaved: bool) -> Any:  # [N, C, P]
+def map_shape(feature: Feature) -> Any:
     """The size of a level and which axis is dense, as the extension takes them."""
-    n, c, p = view.shape
-    return module().MapShape(n, c, p, interleaved, torch.get_num_threads())
+    return module().MapShape(*feature.shape, feature.interleaved, torch.get_num_threads())
 
 
 def address(x: Tensor | None) -> int:

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "dlpack.h"
 #include "isa.h"
 #include "memory_pool.h"
 
@@ -85,11 +86,12 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa", [] { return std::string(selected->isa); }, "The instruction set in use.");
   m.def("select_isa", &select_isa, py::arg("name"));
 
-  py::class_<Block>(m, "Block", py::buffer_protocol())
-      .def(py::init<int64_t>(), py::arg("bytes"))
-      .def_buffer([](Block& block) {
-        return py::buffer_info(static_cast<uint8_t*>(block.data()), py::ssize_t(block.bytes()));
-      });
+  m.def(
+      "new_tensor",
+      [](std::vector<int64_t> shape, std::vector<int64_t> strides, int dtype) {
+        return new_tensor(std::move(shape), std::move(strides), DType(dtype));
+      },
+      py::arg("shape"), py::arg("strides"), py::arg("dtype"), "An uninitialised tensor as a DLPack capsule.");
   m.def(
       "pool_state", [] { return std::make_pair(pool_state().in_use, pool_state().idle); }, "Bytes in use, bytes idle.");
   m.def("release_idle_memory", &release_idle_memory);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -12,36 +11,58 @@ from maskd_kernels import backends, native
 
 
 class Feature(NamedTuple):
-    """A ``[N, C, P]`` view with one dense axis: pixels, or channels where ``interleaved``."""
+    """A map seen as ``[N, C, P]`` with one dense axis: pixels, or channels where ``interleaved``."""
 
-    view: Tensor
+    tensor: Tensor  # whose memory it is
+    shape: tuple[int, int, int]
+    stride: tuple[int, int, int]  # in elements
     interleaved: bool
 
+    @property
+    def rest_stride(self) -> int:
+        """The stride of the axis that is not dense."""
+        return self.stride[2 if self.interleaved else 1]
 
-def dense_view(x: Tensor) -> Feature:  # x: [N, C, *spatial]
+
+def dense_view(x: Tensor) -> Feature:  # [N, C, *spatial]
     """The features with the pixel axes merged. Copies only what strides cannot express (slices, expanded pixels)."""
-    n, c, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
-    try:
-        flat = x.view(n, c, pixels)
-    except RuntimeError:
-        flat = x.contiguous().view(n, c, pixels)
-    if is_interleaved(flat):
-        return Feature(flat if flat.stride(1) == 1 else flat.contiguous(), True)
-    return Feature(flat if flat.stride(2) == 1 else flat.contiguous(), False)
+    feature = _merge_pixels(x)
+    if feature is None or not _is_dense(feature):
+        feature = _merge_pixels(x.contiguous())
+        assert feature is not None, "a contiguous tensor's pixel axes merge"
+    return feature
 
 
-def is_interleaved(flat: Tensor) -> bool:  # flat: [N, C, P]
-    """Whether the channels of a pixel lie side by side. A single pixel is read that way whatever its strides."""
-    return flat.shape[2] == 1 or (flat.shape[1] > 1 and flat.stride(1) == 1 and flat.stride(2) != 1)
+def _merge_pixels(x: Tensor) -> Feature | None:
+    # By arithmetic, as every view is a call through PyTorch's dispatcher.
+    shape, stride = x.shape, x.stride()
+    pixels, step = 1, 1
+    for size, distance in zip(reversed(shape[2:]), reversed(stride[2:]), strict=True):
+        if size != 1:
+            step = distance if pixels == 1 else step
+            if distance != step * pixels and x.numel() > 0:
+                return None
+            pixels *= size
+    channels, channel_step = shape[1], stride[1]
+    # A single pixel is read channel by channel whatever its strides.
+    interleaved = pixels == 1 or (channels > 1 and channel_step == 1 and step != 1)
+    return Feature(x, (shape[0], channels, pixels), (stride[0], channel_step, step), interleaved)
+
+
+def _is_dense(feature: Feature) -> bool:
+    axis = 1 if feature.interleaved else 2
+    return feature.stride[axis] == 1 or feature.shape[axis] <= 1
 
 
 def with_layout(feature: Feature, interleaved: bool) -> Feature:
     """The same values with this axis dense."""
     if feature.interleaved == interleaved:
         return feature
-    if interleaved:
-        return Feature(feature.view.mT.contiguous().mT, True)
-    return Feature(feature.view.contiguous(), False)
+    x = feature.tensor
+    copy = x.movedim(1, -1).contiguous().movedim(-1, 1) if interleaved else x.contiguous()
+    merged = _merge_pixels(copy)
+    assert merged is not None, "a dense tensor's pixel axes merge"
+    return merged._replace(interleaved=interleaved)
 
 
 def empty_gradient(x: Tensor, interleaved: bool, pooled: bool = False) -> Tensor:  # [N, C, *spatial]
@@ -70,7 +91,7 @@ def copy_all(destinations: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
 
 def describe_result(results: Sequence[Tensor], level: int) -> tuple[int, int, int, int, int]:
     """A level's result as the extension takes it; absent where results are not wanted."""
-    return native.describe(dense_view(results[level]).view) if results else native.ABSENT
+    return native.describe(dense_view(results[level])) if results else native.ABSENT
 
 
 def is_small(levels: Sequence[Tensor], elements: int) -> bool:

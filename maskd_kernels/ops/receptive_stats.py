@@ -217,28 +217,23 @@ def native_levels(
     levels, alive = [], []
     pixel_offset = channel_offset = 0
     for i, raw in enumerate(teacher):
+        t, s = layout.dense_view(raw), layout.dense_view(student[i]) if student else None
         # Where the two maps differ in layout, the kernels read the teacher in the student's.
-        interleaved = layout.dense_view(student[i] if student else raw).interleaved
-        t = layout.with_layout(layout.dense_view(raw), interleaved).view
-        s = layout.dense_view(student[i]).view if student else None
+        t = layout.with_layout(t, (s or t).interleaved)
         token = tokens[i].contiguous() if tokens else None
-        alive += [t] + [x for x in (s, token) if x is not None]
+        alive += [x for x in (t.tensor, s and s.tensor, token) if x is not None]
         _, channels, pixels = t.shape
         levels.append(
             native.module().ReceptiveLevel(
                 teacher=native.describe(t),
                 student=native.ABSENT if s is None else native.describe(s),
-                grad_teacher=native.describe(layout.dense_view(grad_teacher[i]).view)
-                if grad_teacher
-                else native.ABSENT,
-                grad_student=native.describe(layout.dense_view(grad_student[i]).view)
-                if grad_student
-                else native.ABSENT,
+                grad_teacher=layout.describe_result(grad_teacher, i),
+                grad_student=layout.describe_result(grad_student, i),
                 tokens=native.address(token),
                 grad_tokens=native.address(grad_tokens[i]) if grad_tokens else 0,
                 channels=channels,
                 pixels=pixels,
-                interleaved=interleaved,
+                interleaved=t.interleaved,
                 width=raw.shape[3] if raw.dim() == 4 else 0,
                 pixel_offset=pixel_offset,
                 channel_offset=channel_offset,

@@ -61,10 +61,10 @@ def _forward(pred: list[Tensor], target: list[Tensor], scale: list[Tensor]) -> T
     elif backend == "native":
         for i, (raw, goal) in enumerate(zip(pred, target, strict=True)):
             p = layout.dense_view(raw)
-            t = layout.with_layout(layout.dense_view(goal), p.interleaved).view
+            t = layout.with_layout(layout.dense_view(goal), p.interleaved)
             native.module().squared_error_forward(
-                shape=native.map_shape(*p),
-                pred=native.describe(p.view),
+                shape=native.map_shape(p),
+                pred=native.describe(p),
                 target=native.describe(t),
                 scale=native.address(scale[i]) if scale else 0,
                 error=native.address(out[i]),
@@ -118,10 +118,10 @@ def _backward(
     elif backend == "native":
         for i, (raw, goal) in enumerate(zip(pred, target, strict=True)):
             p = layout.dense_view(raw)
-            t = layout.with_layout(layout.dense_view(goal), p.interleaved).view
+            t = layout.with_layout(layout.dense_view(goal), p.interleaved)
             native.module().squared_error_backward(
-                shape=native.map_shape(*p),
-                pred=native.describe(p.view),
+                shape=native.map_shape(p),
+                pred=native.describe(p),
                 target=native.describe(t),
                 grad_pred=layout.describe_result(grad_pred, i),
                 grad_target=layout.describe_result(grad_target, i),

@@ -21,7 +21,6 @@ from maskd_kernels.triton.common import (
     feature_offsets,
     new_partials,
     reduce_tiles,
-    rest_stride,
     tile_grid,
 )
 
@@ -108,18 +107,18 @@ def backward_kernel(
 def forward(x: Sequence[Tensor], attention: Sequence[Tensor], mean: Sequence[Tensor]) -> None:
     for raw, to_attention, to_mean in zip(x, attention, mean, strict=True):
         a = layout.dense_view(raw)
-        n, channels, pixels = a.view.shape
-        tiles, _ = grid = tile_grid(a.view, STREAM_P)
-        partials = new_partials(a.view, n * tiles, channels)
+        n, channels, pixels = a.shape
+        tiles, _ = grid = tile_grid(a, STREAM_P)
+        partials = new_partials(a, n * tiles, channels)
         if raw.numel():
             forward_kernel[grid](
-                a.view,
+                a.tensor,
                 to_attention,
                 partials,
                 channels,
                 pixels,
-                a.view.stride(0),
-                rest_stride(a),
+                a.stride[0],
+                a.rest_stride,
                 BLOCK_C=STREAM_C,
                 BLOCK_P=STREAM_P,
                 **alignment(a),
@@ -135,15 +134,15 @@ def backward(
     for raw, from_attention, from_mean, result in zip(x, grad_attention, grad_mean, out, strict=True):
         a = layout.dense_view(raw)
         if raw.numel():
-            backward_kernel[tile_grid(a.view, STREAM_P)](
-                a.view,
+            backward_kernel[tile_grid(a, STREAM_P)](
+                a.tensor,
                 from_attention,
                 from_mean,
                 result,
-                a.view.shape[1],
-                a.view.shape[2],
-                a.view.stride(0),
-                rest_stride(a),
+                a.shape[1],
+                a.shape[2],
+                a.stride[0],
+                a.rest_stride,
                 BLOCK_C=STREAM_C,
                 BLOCK_P=STREAM_P,
                 **alignment(a),

@@ -48,26 +48,22 @@ def reduce_tiles(partials: Tensor, out: Tensor, images: int, rows: int, begin: i
         )
 
 
-def rest_stride(feature: layout.Feature) -> int:
-    """The stride of the axis that is not dense."""
-    return feature.view.stride(2) if feature.interleaved else feature.view.stride(1)
-
-
-def tile_grid(view: Tensor, block: int) -> tuple[int, int]:  # [N, C, P]
+def tile_grid(feature: layout.Feature, block: int) -> tuple[int, int]:
     """Tiles of ``block`` pixels, images."""
-    return triton.cdiv(view.shape[2], block), view.shape[0]
+    n, _, pixels = feature.shape
+    return triton.cdiv(pixels, block), n
 
 
 def alignment(*features: layout.Feature) -> dict[str, int]:
     """Powers of two, up to the 8 elements of a 128-bit load, that divide row starts and row lengths."""
-    view = features[0].view
+    _, channels, pixels = features[0].shape
     return {
-        "ALIGN": math.gcd(8, *(f.view.stride(0) for f in features), *(rest_stride(f) for f in features)),
-        "C_ALIGN": math.gcd(8, view.shape[1]),
-        "P_ALIGN": math.gcd(8, view.shape[2]),
+        "ALIGN": math.gcd(8, *(f.stride[0] for f in features), *(f.rest_stride for f in features)),
+        "C_ALIGN": math.gcd(8, channels),
+        "P_ALIGN": math.gcd(8, pixels),
     }
 
 
-def new_partials(view: Tensor, rows: int, width: int) -> Tensor:
+def new_partials(feature: layout.Feature, rows: int, width: int) -> Tensor:
     """Memory for one row of partial sums per tile."""
-    return view.new_empty(rows, width, dtype=torch.float32)
+    return feature.tensor.new_empty(rows, width, dtype=torch.float32)

@@ -26,7 +26,6 @@ from maskd_kernels.triton.common import (
     feature_offsets,
     new_partials,
     reduce_tiles,
-    rest_stride,
     tile_grid,
 )
 
@@ -285,10 +284,10 @@ def _feature_arguments(t: layout.Feature, s: layout.Feature | None) -> tuple[dic
     """Strides, and what is constant at compile time, of the two features. Their layouts may differ."""
     other = s if s is not None else t
     strides = {
-        "teacher_n": t.view.stride(0),
-        "teacher_stride": rest_stride(t),
-        "student_n": other.view.stride(0),
-        "student_stride": rest_stride(other),
+        "teacher_n": t.stride[0],
+        "teacher_stride": t.rest_stride,
+        "student_n": other.stride[0],
+        "student_stride": other.rest_stride,
     }
     constants = {
         **alignment(t, other),
@@ -311,15 +310,15 @@ def forward(
     for level, raw in enumerate(teacher):
         t = layout.dense_view(raw)
         s = layout.dense_view(student[level]) if student else None
-        n, channels, pixels = t.view.shape
-        tiles, _ = grid = tile_grid(t.view, BLOCK_P)
-        partials = new_partials(t.view, n * tiles, 2 * num_tokens + num_tokens**2)
-        sums = new_partials(t.view, n * tiles, TAPS * channels if out.sums.numel() else 0)
+        n, channels, pixels = t.shape
+        tiles, _ = grid = tile_grid(t, BLOCK_P)
+        partials = new_partials(t, n * tiles, 2 * num_tokens + num_tokens**2)
+        sums = new_partials(t, n * tiles, TAPS * channels if out.sums.numel() else 0)
         strides, constants = _feature_arguments(t, s)
         if n * tiles:
             forward_kernel[grid](
-                t.view,
-                t.view if s is None else s.view,
+                t.tensor,
+                t.tensor if s is None else s.tensor,
                 tokens[level].contiguous() if tokens else out.mass,
                 out.mass if customize is None else customize,
                 out.masks,
@@ -369,15 +368,15 @@ def backward(
     for level, raw in enumerate(teacher):
         t = layout.dense_view(raw)
         s = layout.dense_view(student[level]) if student else None
-        n, channels, pixels = t.view.shape
+        n, channels, pixels = t.shape
         block_c, block_p, warps = backward_tile(bool(grad_teacher or grad_tokens), raw.element_size())
-        tiles, _ = grid = tile_grid(t.view, block_p)
-        partials = new_partials(t.view, n * tiles, num_tokens * channels if grad_tokens else 0)
+        tiles, _ = grid = tile_grid(t, block_p)
+        partials = new_partials(t, n * tiles, num_tokens * channels if grad_tokens else 0)
         strides, constants = _feature_arguments(t, s)
         if n * tiles:
             backward_kernel[grid](
-                t.view,
-                t.view if s is None else s.view,
+                t.tensor,
+                t.tensor if s is None else s.tensor,
                 tokens[level].contiguous() if tokens else nothing,
                 saved.masks,
                 saved.teacher_masks,

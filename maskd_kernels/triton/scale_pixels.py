@@ -19,7 +19,6 @@ from maskd_kernels.triton.common import (
     STREAM_WARPS,
     alignment,
     feature_offsets,
-    rest_stride,
     tile_grid,
 )
 
@@ -119,16 +118,16 @@ def forward(x: Sequence[Tensor], scale: Sequence[Tensor], out: Sequence[Tensor])
     for raw, factor, result in zip(x, scale, out, strict=True):
         a, y = layout.dense_view(raw), layout.dense_view(result)
         if raw.numel():
-            forward_kernel[tile_grid(a.view, STREAM_P)](
-                a.view,
+            forward_kernel[tile_grid(a, STREAM_P)](
+                a.tensor,
                 factor,
-                y.view,
-                a.view.shape[1],
-                a.view.shape[2],
-                a.view.stride(0),
-                rest_stride(a),
-                y.view.stride(0),
-                rest_stride(y),
+                y.tensor,
+                a.shape[1],
+                a.shape[2],
+                a.stride[0],
+                a.rest_stride,
+                y.stride[0],
+                y.rest_stride,
                 BLOCK_C=STREAM_C,
                 BLOCK_P=STREAM_P,
                 **alignment(a, y),
@@ -150,20 +149,20 @@ def backward(
         result = layout.dense_view(grad_x[i]) if grad_x else a
         if not raw.numel():
             continue
-        backward_kernel[tile_grid(a.view, STREAM_P)](
-            a.view,
+        backward_kernel[tile_grid(a, STREAM_P)](
+            a.tensor,
             factor,
-            g.view,
-            result.view,
+            g.tensor,
+            result.tensor,
             grad_scale[i] if grad_scale else factor,
-            a.view.shape[1],
-            a.view.shape[2],
-            a.view.stride(0),
-            rest_stride(a),
-            g.view.stride(0),
-            rest_stride(g),
-            result.view.stride(0),
-            rest_stride(result),
+            a.shape[1],
+            a.shape[2],
+            a.stride[0],
+            a.rest_stride,
+            g.stride[0],
+            g.rest_stride,
+            result.stride[0],
+            result.rest_stride,
             BLOCK_C=STREAM_C,
             BLOCK_P=STREAM_P,
             **alignment(a, g, result),

@@ -21,7 +21,6 @@ from maskd_kernels.triton.common import (
     feature_offsets,
     new_partials,
     reduce_tiles,
-    rest_stride,
     tile_grid,
 )
 
@@ -137,21 +136,21 @@ def backward_kernel(
 def forward(pred: Sequence[Tensor], target: Sequence[Tensor], scale: Sequence[Tensor], out: Tensor) -> None:
     for i, (raw, goal) in enumerate(zip(pred, target, strict=True)):
         p, t = layout.dense_view(raw), layout.dense_view(goal)
-        n, channels, pixels = p.view.shape
-        tiles, _ = grid = tile_grid(p.view, STREAM_P)
-        partials = new_partials(p.view, n * tiles, 1)
+        n, channels, pixels = p.shape
+        tiles, _ = grid = tile_grid(p, STREAM_P)
+        partials = new_partials(p, n * tiles, 1)
         if raw.numel():
             forward_kernel[grid](
-                p.view,
-                t.view,
+                p.tensor,
+                t.tensor,
                 scale[i] if scale else partials,
                 partials,
                 channels,
                 pixels,
-                p.view.stride(0),
-                rest_stride(p),
-                t.view.stride(0),
-                rest_stride(t),
+                p.stride[0],
+                p.rest_stride,
+                t.stride[0],
+                t.rest_stride,
                 BLOCK_C=STREAM_C,
                 BLOCK_P=STREAM_P,
                 **alignment(p, t),
@@ -174,24 +173,24 @@ def backward(
 ) -> None:
     for i, (raw, goal) in enumerate(zip(pred, target, strict=True)):
         p, t = layout.dense_view(raw), layout.dense_view(goal)
-        n, channels, pixels = p.view.shape
-        tiles, _ = grid = tile_grid(p.view, STREAM_P)
-        partials = new_partials(p.view, n * tiles, channels if grad_scale else 0)
+        n, channels, pixels = p.shape
+        tiles, _ = grid = tile_grid(p, STREAM_P)
+        partials = new_partials(p, n * tiles, channels if grad_scale else 0)
         if raw.numel():
             backward_kernel[grid](
-                p.view,
-                t.view,
+                p.tensor,
+                t.tensor,
                 scale[i] if scale else partials,
                 grad[i],
-                grad_pred[i] if grad_pred else p.view,
-                grad_target[i] if grad_target else p.view,
+                grad_pred[i] if grad_pred else p.tensor,
+                grad_target[i] if grad_target else p.tensor,
                 partials,
                 channels,
                 pixels,
-                p.view.stride(0),
-                rest_stride(p),
-                t.view.stride(0),
-                rest_stride(t),
+                p.stride[0],
+                p.rest_stride,
+                t.stride[0],
+                t.rest_stride,
                 BLOCK_C=STREAM_C,
                 BLOCK_P=STREAM_P,
                 **alignment(p, t),

@@ -1,0 +1,67 @@
+// Memory of the pool as PyTorch tensors: through DLPack, whose layout is fixed, so that no Torch header is needed.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+#include "common.h"
+#include "memory_pool.h"
+
+namespace maskd {
+
+// The part of DLPack's ABI that is used here, https://dmlc.github.io/dlpack/latest/c_api.html
+namespace dlpack {
+
+struct Tensor {
+  void* data;
+  struct Device {
+    int32_t type, id;
+  } device;
+  int32_t dimensions;
+  struct DataType {
+    uint8_t code, bits;
+    uint16_t lanes;
+  } dtype;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+
+struct ManagedTensor {
+  Tensor tensor;
+  void* context;
+  void (*deleter)(ManagedTensor*);
+};
+
+constexpr int32_t kCpu = 1;
+constexpr uint8_t kFloat = 2, kBFloat = 4;
+constexpr const char* kCapsule = "dltensor";  // whoever takes the tensor over renames the capsule
+
+}  // namespace dlpack
+
+// An uninitialised tensor, as a capsule that `torch.utils.dlpack.from_dlpack` takes. Strides count elements.
+inline pybind11::capsule new_tensor(std::vector<int64_t> shape, std::vector<int64_t> strides, DType dtype) {
+  struct Owner {
+    dlpack::ManagedTensor managed;  // first: both have the same address
+    std::vector<int64_t> shape, strides;
+    Block block;
+  };
+  int64_t bytes = size_of(dtype);
+  for (int64_t size : shape) bytes *= size;
+  Owner* owner = new Owner{{}, std::move(shape), std::move(strides), Block(bytes)};
+  dlpack::Tensor& tensor = owner->managed.tensor;
+  tensor.data = owner->block.data();
+  tensor.device = {dlpack::kCpu, 0};
+  tensor.dimensions = int32_t(owner->shape.size());
+  tensor.dtype = {dtype == DType::bfloat16 ? dlpack::kBFloat : dlpack::kFloat, uint8_t(8 * size_of(dtype)), 1};
+  tensor.shape = owner->shape.data(), tensor.strides = owner->strides.data();
+  owner->managed.deleter = [](dlpack::ManagedTensor* managed) { delete reinterpret_cast<Owner*>(managed); };
+  return pybind11::capsule(&owner->managed, dlpack::kCapsule, [](PyObject* capsule) {
+    if (PyCapsule_IsValid(capsule, dlpack::kCapsule)) {
+      auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, dlpack::kCapsule));
+      managed->deleter(managed);
+    }
+  });
+}
+
+}  // namespace maskd
