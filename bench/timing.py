@@ -34,9 +34,12 @@ class Timing:
         return Timing(statistics.median(values), *at, len(values))
 
 
+HAS_GPU = torch.cuda.is_available()  # asked once: the question costs as much as a small operator
+
+
 def synchronize() -> None:
     """Waits for the GPU, where there is one."""
-    if torch.cuda.is_available():
+    if HAS_GPU:
         torch.cuda.synchronize()
 
 
@@ -79,7 +82,7 @@ def interleaved(calls: dict[str, Callable[[], float]], seconds: float, least: in
 
 def kernel_launches(function: Callable[[], Any]) -> int | None:
     """How many kernels a call launches on the GPU; None where there is none."""
-    if not torch.cuda.is_available():
+    if not HAS_GPU:
         return None
     function()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -95,7 +98,7 @@ def peak_extra_bytes(function: Callable[[], Any]) -> int:
     What the native kernels take from their own pool is no event of PyTorch's allocator; it is counted as held at the
     peak, since gradients live to the end of a call.
     """
-    if torch.cuda.is_available():
+    if HAS_GPU:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
@@ -126,7 +129,7 @@ def _git(*arguments: str) -> str:
 
 
 def _driver() -> str | None:
-    if not torch.cuda.is_available():
+    if not HAS_GPU:
         return None
     try:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -150,7 +153,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if HAS_GPU else None,
         "isa": native.module().isa() if native.available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,

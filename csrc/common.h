@@ -59,6 +59,11 @@ MASKD_INLINE void store(T* p, Vec<T> v) {
 }
 
 template <typename T>
+void add_run(T* to, const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
+template <typename T>
 MASKD_INLINE T horizontal_sum(Vec<T> v) {
   T lanes[kLanes<T>];
   store<T>(lanes, v);

@@ -204,11 +204,6 @@ MASKD_INLINE T dot_run(const T* a, const T* b, int64_t count) {
   return total;
 }
 
-template <typename T>
-void add_run(T* to, const T* from, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
-}
-
 // coefficient[p] = 2 * (sum_k g_error[k] * mask[k,p]^2 + g_distance[p]), so that d student = coefficient * (student -
 // teacher). masks [N, K, P]; upstream gradients g_error [L, N, K] and g_distance [N, P], or nullptr.
 template <typename T>

@@ -1,7 +1,10 @@
 // How the kernels that need no tokens walk a feature map: as rows of what lies dense in memory, one channel's pixels
-// (planar) or one pixel's channels (interleaved). A block is a few whole rows of one image; whatever is summed down the
-// columns is summed per block first and over the blocks in a fixed order: results do not depend on the threads.
+// (planar; several channels' where they are few and a kernel allows it) or one pixel's channels (interleaved). A block
+// is a few whole rows of one image; whatever is summed down the columns is summed per block first and over the blocks
+// in a fixed order: results do not depend on the threads.
 #pragma once
+
+#include <initializer_list>
 
 #include "common.h"
 #include "memory_pool.h"
@@ -21,13 +24,25 @@ constexpr int64_t kBlockElements = 1 << 16;  // of a block, or kLeastRows
 constexpr int64_t kStreamedRow = 256;
 constexpr int64_t kLeastRows = 16;  // so that column sums of blocks are few beside the map
 
+// How many channels of a planar map can make one row of at most kPiece elements: they must follow each other in every
+// feature of the call.
+inline int64_t channels_per_row(const MapShape& shape, std::initializer_list<const Feature*> features) {
+  if (shape.interleaved || shape.pixels == 0 || shape.pixels >= kStreamedRow) return 1;
+  for (const Feature* feature : features)
+    if (feature->present() && feature->stride_c != shape.pixels) return 1;
+  int64_t folded = 1;
+  while (shape.channels % (2 * folded) == 0 && 2 * folded * shape.pixels <= kPiece) folded *= 2;
+  return folded;
+}
+
 struct RowBlocks {
   MapShape shape;
+  int64_t folded;                      // channels per row of a planar map
   int64_t rows, columns, size, count;  // size: rows per block; count: blocks per image
 
-  explicit RowBlocks(const MapShape& s) : shape(s) {
-    rows = s.interleaved ? s.pixels : s.channels;
-    columns = s.interleaved ? s.channels : s.pixels;
+  explicit RowBlocks(const MapShape& s, int64_t channels_in_row = 1) : shape(s), folded(channels_in_row) {
+    rows = s.interleaved ? s.pixels : s.channels / folded;
+    columns = s.interleaved ? s.channels : s.pixels * folded;
     const int64_t fitting = kBlockElements / (columns > 0 ? columns : 1);
     size = fitting > kLeastRows ? fitting : kLeastRows;
     count = columns > 0 ? (rows + size - 1) / size : 0;
@@ -38,7 +53,7 @@ struct RowBlocks {
   }
 
   MASKD_INLINE int64_t offset(const Feature& feature, int64_t n, int64_t row) const {
-    return n * feature.stride_n + row * (shape.interleaved ? feature.stride_p : feature.stride_c);
+    return n * feature.stride_n + row * (shape.interleaved ? feature.stride_p : feature.stride_c * folded);
   }
 
   // Past the caches, where the result is large and its rows are long enough for whole lines.
@@ -79,34 +94,37 @@ struct Buffer {
   }
 };
 
-// Sums down the columns, [N, blocks, columns] while the blocks run.
+// Sums down the columns, [N, blocks, columns] while the blocks run. Rows share no cache lines, which two threads would
+// take from each other with every step.
 template <typename T>
 struct ColumnSums {
   const RowBlocks& blocks;
   const bool wanted;
+  const int64_t stride;
   Buffer<T> partials;
 
   ColumnSums(const RowBlocks& b, bool are_wanted)
-      : blocks(b), wanted(are_wanted), partials(wanted ? b.shape.batch * b.count * b.columns : 0) {}
+      : blocks(b),
+        wanted(are_wanted),
+        stride(round_up(b.columns, 2 * kLanes<T>)),
+        partials(wanted ? b.shape.batch * b.count * stride : 0) {}
 
   MASKD_INLINE T* row(int64_t n, int64_t block) const {
-    return wanted ? partials.data + (n * blocks.count + block) * blocks.columns : nullptr;
+    return wanted ? partials.data + (n * blocks.count + block) * stride : nullptr;
   }
 
-  // out [N, columns] = factor * the sums.
+  // out [N, columns / folded] = factor * the sums: a row of several channels is as many rows here.
   void total(T* out, T factor) const {
     const int workers = blocks.threads();
-    const int64_t per_image = (blocks.columns + kPiece - 1) / kPiece;
+    const int64_t columns = blocks.columns / blocks.folded, per_image = (columns + kPiece - 1) / kPiece;
 #pragma omp parallel for schedule(static) num_threads(workers) if (workers > 1)
     for (int64_t task = 0; task < blocks.shape.batch * per_image; ++task) {
       const int64_t n = task / per_image, begin = task % per_image * kPiece;
-      const int64_t length = blocks.columns - begin < kPiece ? blocks.columns - begin : kPiece;
-      T* to = out + n * blocks.columns + begin;
+      const int64_t length = columns - begin < kPiece ? columns - begin : kPiece;
+      T* to = out + n * columns + begin;
       for (int64_t i = 0; i < length; ++i) to[i] = T(0);
-      for (int64_t block = 0; block < blocks.count; ++block) {
-        const T* from = row(n, block) + begin;
-        for (int64_t i = 0; i < length; ++i) to[i] += from[i];
-      }
+      for (int64_t block = 0; block < blocks.count; ++block)
+        for (int64_t i = 0; i < blocks.folded; ++i) add_run(to, row(n, block) + i * columns + begin, length);
       for (int64_t i = 0; i < length; ++i) to[i] *= factor;
     }
   }

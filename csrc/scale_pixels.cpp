@@ -4,13 +4,23 @@
 namespace maskd {
 namespace {
 
+// The scale along a row of image n: once per channel in it. `repeated`: kPiece elements.
+template <typename T>
+const T* scale_of_row(const ScalePixels& problem, const RowBlocks& blocks, int64_t n, T* repeated) {
+  const int64_t pixels = problem.shape.pixels;
+  const T* scale = static_cast<const T*>(problem.scale) + n * pixels;
+  if (blocks.folded == 1) return scale;
+  for (int64_t i = 0; i < blocks.folded; ++i) std::memcpy(repeated + i * pixels, scale, size_t(pixels) * sizeof(T));
+  return repeated;
+}
+
 template <typename T>
 void forward(const ScalePixels& problem) {
-  const RowBlocks blocks(problem.shape);
+  const RowBlocks blocks(problem.shape, channels_per_row(problem.shape, {&problem.x, &problem.y}));
   const bool stream = blocks.streams(problem.y);
   blocks.each([&](int64_t n, int64_t, int64_t first, int64_t last) {
-    alignas(64) T read[kPiece], staged[kPiece];
-    const T* scale = static_cast<const T*>(problem.scale) + n * problem.shape.pixels;
+    alignas(64) T read[kPiece], staged[kPiece], repeated[kPiece];
+    const T* scale = scale_of_row(problem, blocks, n, repeated);
     for (int64_t row = first; row < last; ++row) {
       const int64_t from = blocks.offset(problem.x, n, row), to = blocks.offset(problem.y, n, row);
       blocks.pieces([&](int64_t begin, int64_t count) {
@@ -29,14 +39,15 @@ void forward(const ScalePixels& problem) {
 
 template <typename T>
 void backward(const ScalePixels& problem) {
-  const RowBlocks blocks(problem.shape);
+  const RowBlocks blocks(problem.shape,
+                         channels_per_row(problem.shape, {&problem.x, &problem.grad_y, &problem.grad_x}));
   const bool interleaved = problem.shape.interleaved, scale_wanted = problem.grad_scale != nullptr;
   const bool stream = problem.grad_x.present() && blocks.streams(problem.grad_x);
   const ColumnSums<T> sums(blocks, scale_wanted && !interleaved);
   T* grad_scale = static_cast<T*>(problem.grad_scale);
   blocks.each([&](int64_t n, int64_t block, int64_t first, int64_t last) {
-    alignas(64) T read_g[kPiece], read_x[kPiece], staged[kPiece];
-    const T* scale = static_cast<const T*>(problem.scale) + n * problem.shape.pixels;
+    alignas(64) T read_g[kPiece], read_x[kPiece], staged[kPiece], repeated[kPiece];
+    const T* scale = scale_of_row(problem, blocks, n, repeated);
     T* column_sums = sums.row(n, block);
     for (int64_t row = first; row < last; ++row) {
       double total = 0;

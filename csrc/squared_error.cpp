@@ -27,9 +27,16 @@ MASKD_INLINE void with_scale(const SquaredError& problem, int64_t n, int64_t row
   }
 }
 
+// Rows of several channels only where each element counts alike.
+RowBlocks rows_of(const SquaredError& problem) {
+  if (problem.scale) return RowBlocks(problem.shape);
+  return RowBlocks(problem.shape, channels_per_row(problem.shape, {&problem.pred, &problem.target, &problem.grad_pred,
+                                                                   &problem.grad_target}));
+}
+
 template <typename T>
 void forward(const SquaredError& problem) {
-  const RowBlocks blocks(problem.shape);
+  const RowBlocks blocks = rows_of(problem);
   const Buffer<double> partials(problem.shape.batch * blocks.count);
   blocks.each([&](int64_t n, int64_t block, int64_t first, int64_t last) {
     alignas(64) T read_p[kPiece], read_t[kPiece];
@@ -62,7 +69,7 @@ void forward(const SquaredError& problem) {
 
 template <typename T>
 void backward(const SquaredError& problem) {
-  const RowBlocks blocks(problem.shape);
+  const RowBlocks blocks = rows_of(problem);
   const bool interleaved = problem.shape.interleaved, scale_wanted = problem.grad_scale != nullptr;
   const bool stream_pred = problem.grad_pred.present() && blocks.streams(problem.grad_pred);
   const bool stream_target = problem.grad_target.present() && blocks.streams(problem.grad_target);

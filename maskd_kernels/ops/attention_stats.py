@@ -41,10 +41,14 @@ def attention_stats(x: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return list(attention), list(mean)
 
 
-def _empty(x: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _empty(x: Sequence[Tensor], pooled: bool = False) -> tuple[list[Tensor], list[Tensor]]:
     dtype = compute_dtype(x[0].dtype)
-    attention = [level.new_empty(level.shape[0], math.prod(level.shape[2:]), dtype=dtype) for level in x]
-    return attention, [level.new_empty(level.shape[:2], dtype=dtype) for level in x]
+
+    def empty(level: Tensor, *shape: int) -> Tensor:
+        return native.empty(shape, dtype) if pooled else level.new_empty(shape, dtype=dtype)
+
+    attention = [empty(level, level.shape[0], math.prod(level.shape[2:])) for level in x]
+    return attention, [empty(level, *level.shape[:2]) for level in x]
 
 
 @torch.library.register_fake(_NAME)
@@ -54,7 +58,7 @@ def _fake(x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 def _forward(x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     backend = backends.resolve(x[0].device, compute_dtype(x[0].dtype))
-    attention, mean = _empty(x)
+    attention, mean = _empty(x, pooled=backend == "native")
     if backend == "reference":
         for out, computed in zip((attention, mean), reference.attention_stats(x), strict=True):
             layout.copy_all(out, computed)
