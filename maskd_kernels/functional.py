@@ -364,7 +364,7 @@ def masked_features(
             scale = (weights[:, None] @ stats.masks).squeeze(1)  # [N, P]
         else:
             scale = stats.masks.sum(1)
-        (seen,) = scale_op.scale_pixels(t, [scale])
+        (seen,) = scale_op.scale_pixels(t, [scale.reshape(len(scale), *t[0].shape[2:])])
         return seen if channel_dim == 1 else seen.movedim(1, -1), _dice(stats.gram)[0]
 
 
@@ -441,7 +441,12 @@ def scale_channels(x: Levels, scale: Levels, *, channel_dim: int = 1) -> Tensor 
 
 def _computed(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     """Small factors as the operators take them: contiguous, in the features' compute dtype."""
-    return [x.to(compute_dtype(y.dtype)).contiguous() for x, y in zip(tensors, like, strict=True)]
+    dtypes = [compute_dtype(y.dtype) for y in like]
+    return [_dense(x if x.dtype == dtype else x.to(dtype)) for x, dtype in zip(tensors, dtypes, strict=True)]
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() else x.contiguous()
 
 
 def squared_error(pred: Levels, target: Levels, *, channel_scale: Levels | None = None, channel_dim: int = 1) -> Tensor:
@@ -499,6 +504,5 @@ def attention_stats(x: Levels, *, channel_dim: int = 1) -> tuple[Tensor, Tensor]
         (tensor([1.]), tensor([[-1., -1., -1.]]))
     """
     levels = as_features(x, "x", channel_dim)
-    flat, mean = attention_op.attention_stats(levels)
-    attention = [a.reshape(level.shape[0], *level.shape[2:]) for a, level in zip(flat, levels, strict=True)]
+    attention, mean = attention_op.attention_stats(levels)
     return (attention[0], mean[0]) if isinstance(x, Tensor) else (attention, mean)

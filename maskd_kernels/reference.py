@@ -198,11 +198,9 @@ def published_maskd_loss(
 
 
 def scale_pixels(x: Sequence[Tensor], scale: Sequence[Tensor]) -> list[Tensor]:
-    """``y = scale x``, per level: x ``[N, C, *spatial]``, scale ``[N, P]`` in the compute dtype."""
-    return [
-        (level.to(s.dtype) * s.reshape(s.shape[0], 1, *level.shape[2:])).to(level.dtype)
-        for level, s in zip(x, scale, strict=True)
-    ]
+    """``y = scale x``, per level: x ``[N, C, *spatial]``, scale ``[N, *spatial]`` in the compute dtype."""
+    scaled = [level * s.unsqueeze(1) for level, s in zip(x, scale, strict=True)]
+    return [y if y.dtype == level.dtype else y.to(level.dtype) for y, level in zip(scaled, x, strict=True)]
 
 
 def scale_pixels_backward(
@@ -211,11 +209,10 @@ def scale_pixels_backward(
     """``d x = scale g`` and ``d scale = sum_c x g``."""
     grad_x, grad_scale = [], []
     for level, s, g in zip(x, scale, grad, strict=True):
-        upstream = g.flatten(2).to(s.dtype)
         if needs[0]:
-            grad_x.append((upstream * s[:, None]).reshape(level.shape).to(level.dtype))
+            grad_x.append((g * s[:, None]).to(level.dtype))
         if needs[1]:
-            grad_scale.append((upstream * level.flatten(2).to(s.dtype)).sum(1))
+            grad_scale.append((g.to(s.dtype) * level).sum(1))
     return grad_x, grad_scale
 
 
@@ -260,12 +257,10 @@ def squared_error_backward(
 
 
 def attention_stats(x: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Per level ``[N, C, *spatial]``: ``sum_c |x| / C`` ``[N, P]`` and the channels' means ``[N, C]``."""
-    flat = [level.flatten(2).to(compute_dtype(level.dtype)) for level in x]
-    return (
-        [level.abs().mean(1) for level in flat],
-        [level.sum(-1) / max(level.shape[2], 1) for level in flat],
-    )
+    """Per level ``[N, C, *spatial]``: ``sum_c |x| / C`` ``[N, *spatial]`` and the channels' means ``[N, C]``."""
+    exact = [level.to(compute_dtype(level.dtype)) for level in x]
+    means = [level.flatten(2).sum(-1) / max(math.prod(level.shape[2:]), 1) for level in exact]
+    return [level.abs().mean(1) for level in exact], means
 
 
 def attention_stats_backward(
@@ -274,11 +269,12 @@ def attention_stats_backward(
     """``d x = sign(x) g_attention / C + g_mean / P``."""
     result = []
     for level, g_attention, g_mean in zip(x, grad_attention, grad_mean, strict=True):
-        flat = level.flatten(2).to(compute_dtype(level.dtype))
-        gradient = torch.zeros_like(flat)
+        exact = level.to(compute_dtype(level.dtype))
+        gradient = torch.zeros_like(exact)
         if g_attention is not None:
-            gradient = gradient + flat.sign() * g_attention[:, None] / flat.shape[1]
+            gradient = gradient + exact.sign() * g_attention[:, None] / level.shape[1]
         if g_mean is not None:
-            gradient = gradient + g_mean[..., None] / max(flat.shape[2], 1)
-        result.append(gradient.reshape(level.shape).to(level.dtype))
+            pixels = math.prod(level.shape[2:])
+            gradient = gradient + g_mean.reshape(*g_mean.shape, *[1] * (level.dim() - 2)) / max(pixels, 1)
+        result.append(gradient.to(level.dtype))
     return result

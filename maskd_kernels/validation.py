@@ -56,9 +56,9 @@ def as_features(x: Levels, name: str, channel_dim: int) -> list[Tensor]:
             raise TypeError(f"{label}: expected float32, float16, bfloat16 or float64, got {level.dtype}")
         if level.shape[channel_dim] == 0:
             raise ValueError(f"{label}: expected at least one channel, got {shape_of(level)}")
-        if level.device != levels[0].device:
+        if i > 0 and level.device != levels[0].device:
             raise ValueError(f"{label}: expected device {levels[0].device} like {name}[0], got {level.device}")
-        if level.shape[0] != levels[0].shape[0]:
+        if i > 0 and level.shape[0] != levels[0].shape[0]:
             raise ValueError(f"{label}: expected batch size {levels[0].shape[0]} like {name}[0], got {shape_of(level)}")
     return levels if channel_dim == 1 else [level.movedim(-1, 1) for level in levels]
 
@@ -129,11 +129,11 @@ def check_scale(scale: Tensor, label: str, expected: list[int], features: Tensor
 
 
 def match_scale(scale: Levels, name: str, x: list[Tensor], axis: str, like: str) -> list[Tensor]:
-    """One number per pixel (``axis`` spatial) or per channel (``axis`` channels) of each level, flattened."""
+    """One number per pixel (``axis`` spatial) or per channel (``axis`` channels) of each level."""
     found = as_levels(scale, name)
     match_count(found, name, x, like)
     for i, (s, level) in enumerate(zip(found, x, strict=True)):
         label = level_name(name, i, len(x))
         expected = [level.shape[0], *level.shape[2:]] if axis == "spatial" else list(level.shape[:2])
         check_scale(s, label, expected, level)
-    return [s.flatten(1) for s in found]
+    return found

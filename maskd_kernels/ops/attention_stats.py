@@ -5,7 +5,6 @@ Defined, and computed slowly, by ``maskd_kernels.reference``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +31,7 @@ def attention_stats(x: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         x: ``L`` levels of ``[N, C, *spatial]``; float32, float16, bfloat16 or float64.
 
     Returns:
-        ``L`` tensors ``[N, P]`` and ``L`` tensors ``[N, C]`` in the compute dtype (float32; float64 for float64
+        ``L`` tensors ``[N, *spatial]`` and ``L`` tensors ``[N, C]`` in the compute dtype (float32; float64 for float64
         features). Differentiable.
     """
     if layout.is_small(x, _SMALL):
@@ -47,7 +46,7 @@ def _empty(x: Sequence[Tensor], pooled: bool = False) -> tuple[list[Tensor], lis
     def empty(level: Tensor, *shape: int) -> Tensor:
         return native.empty(shape, dtype) if pooled else level.new_empty(shape, dtype=dtype)
 
-    attention = [empty(level, level.shape[0], math.prod(level.shape[2:])) for level in x]
+    attention = [empty(level, level.shape[0], *level.shape[2:]) for level in x]
     return attention, [empty(level, *level.shape[:2]) for level in x]
 
 

@@ -96,6 +96,6 @@ def describe_result(results: Sequence[Tensor], level: int) -> tuple[int, int, in
 
 def is_small(levels: Sequence[Tensor], elements: int) -> bool:
     """Whether PyTorch's own operations are faster on a CPU, as calling a custom operator costs more than it saves."""
-    if backends.current_backend() != "auto" or levels[0].device.type != "cpu":
+    if backends.current_backend() != "auto" or not levels[0].is_cpu:
         return False
-    return sum(level.numel() for level in levels) < elements
+    return sum([level.numel() for level in levels]) < elements

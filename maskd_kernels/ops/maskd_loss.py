@@ -48,7 +48,7 @@ def applies(
     teacher: Sequence[Tensor], tokens: Sequence[Tensor], student: Sequence[Tensor], parameters: Sequence[Tensor]
 ) -> bool:
     """Whether the kernel can compute this: eager mode, CPU, and nothing but the student is trained."""
-    if teacher[0].device.type != "cpu" or not is_plain([*teacher, *student]):
+    if not teacher[0].is_cpu or not is_plain([*teacher, *student]):
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*teacher, *tokens, *parameters)):
         return False

@@ -30,7 +30,7 @@ def scale_pixels(x: Sequence[Tensor], scale: Sequence[Tensor]) -> list[Tensor]:
 
     Args:
         x: ``L`` levels of ``[N, C, *spatial]``; float32, float16, bfloat16 or float64.
-        scale: ``L`` tensors ``[N, P]`` in the compute dtype (float32; float64 for float64 features).
+        scale: ``L`` contiguous tensors ``[N, *spatial]`` in the compute dtype (float32; float64 for float64 features).
 
     Returns:
         ``L`` tensors like ``x``, in its dtype. Differentiable in both.
