@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -38,7 +39,7 @@ constexpr int64_t kSerialElements = 1 << 15;  // below it, waking other threads 
 template <typename T>
 constexpr int64_t kLanes = kVectorBytes / int64_t(sizeof(T));
 
-template <typename T>
+template <typename T, typename = std::enable_if_t<std::is_floating_point_v<T>>>
 struct VectorTypes {
   typedef T Aligned __attribute__((vector_size(64)));
   typedef T Unaligned __attribute__((vector_size(64), aligned(alignof(T)), may_alias));
@@ -192,6 +193,39 @@ MASKD_INLINE Vec<float> load(const Half* p) {
 #endif
 }
 
+MASKD_INLINE StoredVec narrow(Vec<float> v, BFloat) {
+  const BitsVec bits = reinterpret_cast<BitsVec>(v), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const BitsVec result = v == v ? rounded : 0x7fc0u - BitsVec{};
+#if defined(__AVX512F__)
+  return reinterpret_cast<StoredVec>(_mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(result)));
+#else
+  return __builtin_convertvector(result, StoredVec);
+#endif
+}
+
+MASKD_INLINE StoredVec narrow(Vec<float> v, Half) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<StoredVec>(_mm512_maskz_cvtps_ph(0xffff, __m512(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  StoredVec stored;
+  for (int64_t i = 0; i < kLanes<float>; ++i) stored[i] = float_to_half(v[i]);
+  return stored;
+#endif
+}
+
+template <typename Stored>
+using IfHalf = std::enable_if_t<sizeof(Stored) == 2>;
+
+template <typename Stored, typename = IfHalf<Stored>>
+MASKD_INLINE void store(Stored* p, Vec<float> v) {
+  *reinterpret_cast<StoredVec*>(p) = narrow(v, Stored{});
+}
+
+MASKD_INLINE void put(float* p, float value) { *p = value; }
+MASKD_INLINE void put(double* p, double value) { *p = value; }
+MASKD_INLINE void put(BFloat* p, float value) { p->bits = float_to_bfloat(value); }
+MASKD_INLINE void put(Half* p, float value) { p->bits = float_to_half(value); }
+
 MASKD_INLINE int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 template <typename T>
@@ -236,6 +270,20 @@ MASKD_INLINE void stream_vector(T* p, Vec<T> v) {
   __m128i parts[4];
   std::memcpy(parts, &v, sizeof v);
   for (int i = 0; i < 4; ++i) _mm_stream_si128(reinterpret_cast<__m128i*>(p) + i, parts[i]);
+#else
+  store(p, v);
+#endif
+}
+
+template <typename Stored, typename = IfHalf<Stored>>
+MASKD_INLINE void stream_vector(Stored* p, Vec<float> v) {
+  const StoredVec stored = narrow(v, Stored{});
+#if defined(__AVX__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(stored));
+#elif defined(__SSE2__)
+  __m128i parts[2];
+  std::memcpy(parts, &stored, sizeof stored);
+  for (int i = 0; i < 2; ++i) _mm_stream_si128(reinterpret_cast<__m128i*>(p) + i, parts[i]);
 #else
   store(p, v);
 #endif

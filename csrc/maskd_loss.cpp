@@ -2,6 +2,7 @@
 #include "maskd_loss.h"
 
 #include <limits>
+#include <type_traits>
 
 #include "receptive_tiles.h"
 
@@ -82,9 +83,9 @@ struct ErrorSum {
 
 // Adds weight(i) * (s[i] - t[i])^2 to `error`; `result` receives factor(i) * (s[i] - t[i]). Weight and factor give
 // whole vectors from a position on, of which the first entry is that position's.
-template <typename T, Write kWrite, typename Stored, typename Weight, typename Factor>
-MASKD_INLINE void error_run(const Stored* s, const Stored* t, int64_t count, T* result, Weight weight, Factor factor,
-                            ErrorSum<T>& error) {
+template <typename T, Write kWrite, typename Stored, typename Result, typename Weight, typename Factor>
+MASKD_INLINE void error_run(const Stored* s, const Stored* t, int64_t count, Result* result, Weight weight,
+                            Factor factor, ErrorSum<T>& error) {
   constexpr int64_t L = kLanes<T>;
   const auto step = [&](int64_t i, Vec<T>& sum) {
     const Vec<T> d = load(s + i) - load(t + i);
@@ -98,7 +99,7 @@ MASKD_INLINE void error_run(const Stored* s, const Stored* t, int64_t count, T* 
   for (; i < count; ++i) {
     const T d = T(value_of(s[i])) - T(value_of(t[i]));
     error.rest += weight(i)[0] * (d * d);
-    if (kWrite != Write::kNone) result[i] = factor(i)[0] * d;
+    if (kWrite != Write::kNone) put(result + i, factor(i)[0] * d);
   }
 }
 
@@ -111,27 +112,30 @@ MASKD_INLINE void visit_run(const Tile& tile, const LossScratch<T>& scratch, boo
   };
   const ReceptiveLevel& level = *tile.level;
   const Feature& grad = level.grad_student;
-  T* memory = grad.present() && grad.dtype == kDType<T> ? static_cast<T*>(grad.data) + offset(grad) : nullptr;
-  const bool direct = memory && (!stream || on_vector_boundary(memory));
-  T* row = direct ? memory : scratch.result_row;
-  const auto run = [&](auto* s, auto* t) {
+  const auto run = [&](auto* s, auto* t, auto* result) {
     if (!grad.present()) {
-      error_run<T, Write::kNone>(s, t, count, row, weight, factor, error);
-    } else if (direct && stream) {
-      error_run<T, Write::kStream>(s, t, count, row, weight, factor, error);
+      error_run<T, Write::kNone>(s, t, count, result, weight, factor, error);
+    } else if (result && !stream) {
+      error_run<T, Write::kStore>(s, t, count, result, weight, factor, error);
+    } else if (result && on_vector_boundary(result)) {
+      error_run<T, Write::kStream>(s, t, count, result, weight, factor, error);
     } else {
-      error_run<T, Write::kStore>(s, t, count, row, weight, factor, error);
+      error_run<T, Write::kStore>(s, t, count, scratch.result_row, weight, factor, error);
+      write_run(grad, offset(grad), count, scratch.result_row, stream);
     }
   };
   if (level.student.dtype == level.teacher.dtype) {
-    as_stored<T>(level.teacher, [&](auto* data) {
-      run(static_cast<decltype(data)>(level.student.data) + offset(level.student), data + offset(level.teacher));
+    as_stored<T>(level.teacher, [&](auto* teacher) {
+      using Stored = std::remove_const_t<std::remove_pointer_t<decltype(teacher)>>;
+      const Stored* student = static_cast<const Stored*>(level.student.data);
+      run(student + offset(level.student), teacher + offset(level.teacher),
+          static_cast<Stored*>(grad.data) + offset(grad));
     });
   } else {
+    T* not_in_place = nullptr;
     run(read_run(level.student, offset(level.student), count, scratch.student_row),
-        read_run(level.teacher, offset(level.teacher), count, scratch.teacher_row));
+        read_run(level.teacher, offset(level.teacher), count, scratch.teacher_row), not_in_place);
   }
-  if (grad.present() && !direct) write_run(grad, offset(grad), count, row, stream);
 }
 
 // The error of each run of a tile, and the gradient. errors: [C] of a planar tile, [1] of an interleaved one.
