@@ -193,9 +193,14 @@ MASKD_INLINE Vec<float> load(const Half* p) {
 #endif
 }
 
+// bfloat16 in the upper half of each lane, rounded to nearest, ties to even.
+MASKD_INLINE BitsVec rounded_to_bfloat(Vec<float> v) {
+  const BitsVec bits = reinterpret_cast<BitsVec>(v), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return v == v ? rounded : 0x7fc00000u - BitsVec{};
+}
+
 MASKD_INLINE StoredVec narrow(Vec<float> v, BFloat) {
-  const BitsVec bits = reinterpret_cast<BitsVec>(v), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const BitsVec result = v == v ? rounded : 0x7fc0u - BitsVec{};
+  const BitsVec result = rounded_to_bfloat(v) >> 16;
 #if defined(__AVX512F__)
   return reinterpret_cast<StoredVec>(_mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(result)));
 #else
@@ -205,7 +210,8 @@ MASKD_INLINE StoredVec narrow(Vec<float> v, BFloat) {
 
 MASKD_INLINE StoredVec narrow(Vec<float> v, Half) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<StoredVec>(_mm512_maskz_cvtps_ph(0xffff, __m512(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return reinterpret_cast<StoredVec>(
+      _mm512_maskz_cvtps_ph(0xffff, __m512(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
   StoredVec stored;
   for (int64_t i = 0; i < kLanes<float>; ++i) stored[i] = float_to_half(v[i]);
@@ -292,6 +298,33 @@ MASKD_INLINE void stream_vector(Stored* p, Vec<float> v) {
 template <typename T>
 MASKD_INLINE bool on_vector_boundary(const T* p) {
   return (reinterpret_cast<intptr_t>(p) & (kVectorBytes - 1)) == 0;
+}
+
+// Two vectors of consecutive elements. Of bfloat16 the first takes those at even positions and the second those at odd
+// ones: taking neighbours apart costs more than what is computed with them.
+template <typename Stored, typename T>
+MASKD_INLINE void load_pair(const Stored* p, Vec<T>& first, Vec<T>& second) {
+  if constexpr (std::is_same_v<Stored, BFloat>) {
+    const BitsVec both = reinterpret_cast<BitsVec>(load(reinterpret_cast<const float*>(p)));
+    first = reinterpret_cast<Vec<float>>(both << 16), second = reinterpret_cast<Vec<float>>(both & 0xffff0000u);
+  } else {
+    first = load(p), second = load(p + kLanes<T>);
+  }
+}
+
+// The opposite; past the caches where wanted, and then p lies on a vector boundary.
+template <bool kStream, typename Stored, typename V>
+MASKD_INLINE void write_pair(Stored* p, V first, V second) {
+  if constexpr (std::is_same_v<Stored, BFloat>) {
+    const BitsVec both = (rounded_to_bfloat(first) >> 16) | (rounded_to_bfloat(second) & 0xffff0000u);
+    float* to = reinterpret_cast<float*>(p);
+    if (kStream) stream_vector(to, reinterpret_cast<Vec<float>>(both));
+    if (!kStream) store(to, reinterpret_cast<Vec<float>>(both));
+  } else {
+    constexpr int64_t L = sizeof(V) / sizeof(first[0]);
+    if (kStream) stream_vector(p, first), stream_vector(p + L, second);
+    if (!kStream) store(p, first), store(p + L, second);
+  }
 }
 
 // Copies past the caches (non-temporal stores): for a large result that nobody reads soon, so that it is

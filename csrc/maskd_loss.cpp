@@ -82,7 +82,8 @@ struct ErrorSum {
 };
 
 // Adds weight(i) * (s[i] - t[i])^2 to `error`; `result` receives factor(i) * (s[i] - t[i]). Weight and factor give
-// whole vectors from a position on, of which the first entry is that position's.
+// whole vectors from a position on, of which the first entry is that position's, and inside of pairs what load_pair
+// takes.
 template <typename T, Write kWrite, typename Stored, typename Result, typename Weight, typename Factor>
 MASKD_INLINE void error_run(const Stored* s, const Stored* t, int64_t count, Result* result, Weight weight,
                             Factor factor, ErrorSum<T>& error) {
@@ -94,12 +95,31 @@ MASKD_INLINE void error_run(const Stored* s, const Stored* t, int64_t count, Res
     if (kWrite == Write::kStream) stream_vector(result + i, factor(i) * d);
   };
   int64_t i = 0;
-  for (; i + 2 * L <= count; i += 2 * L) step(i, error.lanes[0]), step(i + L, error.lanes[1]);
+  for (; i + 2 * L <= count; i += 2 * L) {
+    Vec<T> a, b, teacher_a, teacher_b;
+    load_pair<Stored, T>(s + i, a, b), load_pair<Stored, T>(t + i, teacher_a, teacher_b);
+    a -= teacher_a, b -= teacher_b;
+    error.lanes[0] += weight(i) * (a * a), error.lanes[1] += weight(i + L) * (b * b);
+    if (kWrite != Write::kNone) write_pair<kWrite == Write::kStream>(result + i, factor(i) * a, factor(i + L) * b);
+  }
   for (; i + L <= count; i += L) step(i, error.lanes[0]);
   for (; i < count; ++i) {
     const T d = T(value_of(s[i])) - T(value_of(t[i]));
     error.rest += weight(i)[0] * (d * d);
     if (kWrite != Write::kNone) put(result + i, factor(i)[0] * d);
+  }
+}
+
+// Brings what pixels are weighted with into the order in which load_pair takes the pixels.
+template <typename T>
+void pair_up(const ReceptiveLevel& level, T* values, int64_t count) {
+  constexpr int64_t L = kLanes<T>;
+  const bool apart = level.student.dtype == DType::bfloat16 && level.teacher.dtype == DType::bfloat16;
+  if (!apart || level.interleaved) return;
+  for (int64_t begin = 0; begin + 2 * L <= count; begin += 2 * L) {
+    T pair[2 * L];
+    std::memcpy(pair, values + begin, sizeof pair);
+    for (int64_t i = 0; i < L; ++i) values[begin + i] = pair[2 * i], values[begin + L + i] = pair[2 * i + 1];
   }
 }
 
@@ -236,8 +256,11 @@ void run(const MaskdLoss& call) {
       const Tile tile = plan.tile(plan.total - 1 - step);
       const int64_t l = tile.level_index, index = tile.n * plan.tiles[l] + tile.begin / tile.stride;
       student_coefficient<T>(problem, tile, call.masks, share, nullptr, scratch.weight);
-      if (tile.level->grad_student.present() && apart)
+      pair_up(*tile.level, scratch.weight, tile.count);
+      if (tile.level->grad_student.present() && apart) {
         student_coefficient<T>(problem, tile, call.masks, scaled, nullptr, scratch.factor);
+        pair_up(*tile.level, scratch.factor, tile.count);
+      }
       visit_tile(tile, scratch, apart ? scratch.factor : scratch.weight, stream,
                  errors + first_error[l] + index * (tile.level->interleaved ? 1 : tile.level->channels));
     }
