@@ -132,30 +132,30 @@ MASKD_INLINE void visit_run(const Tile& tile, const LossScratch<T>& scratch, boo
   };
   const ReceptiveLevel& level = *tile.level;
   const Feature& grad = level.grad_student;
-  const auto run = [&](auto* s, auto* t, auto* result) {
+  if (level.student.dtype != level.teacher.dtype) {
+    const T* s = read_run(level.student, offset(level.student), count, scratch.student_row);
+    const T* t = read_run(level.teacher, offset(level.teacher), count, scratch.teacher_row);
+    error_run<T, Write::kStore>(s, t, count, scratch.result_row, weight, factor, error);
+    if (grad.present()) write_run(grad, offset(grad), count, scratch.result_row, stream);
+    return;
+  }
+  as_stored<T>(level.teacher, [&](auto* teacher) {
+    using Stored = std::remove_const_t<std::remove_pointer_t<decltype(teacher)>>;
+    const Stored* s = static_cast<const Stored*>(level.student.data) + offset(level.student);
+    const Stored* t = teacher + offset(level.teacher);
+    Stored* result = static_cast<Stored*>(grad.data) + offset(grad);  // of the student's type
     if (!grad.present()) {
       error_run<T, Write::kNone>(s, t, count, result, weight, factor, error);
-    } else if (result && !stream) {
+    } else if (!stream) {
       error_run<T, Write::kStore>(s, t, count, result, weight, factor, error);
-    } else if (result && on_vector_boundary(result)) {
+    } else if (on_vector_boundary(result)) {
       error_run<T, Write::kStream>(s, t, count, result, weight, factor, error);
     } else {
-      error_run<T, Write::kStore>(s, t, count, scratch.result_row, weight, factor, error);
-      write_run(grad, offset(grad), count, scratch.result_row, stream);
+      Stored* row = reinterpret_cast<Stored*>(scratch.result_row);
+      error_run<T, Write::kStore>(s, t, count, row, weight, factor, error);
+      stream_bytes(result, row, count * int64_t(sizeof(Stored)));
     }
-  };
-  if (level.student.dtype == level.teacher.dtype) {
-    as_stored<T>(level.teacher, [&](auto* teacher) {
-      using Stored = std::remove_const_t<std::remove_pointer_t<decltype(teacher)>>;
-      const Stored* student = static_cast<const Stored*>(level.student.data);
-      run(student + offset(level.student), teacher + offset(level.teacher),
-          static_cast<Stored*>(grad.data) + offset(grad));
-    });
-  } else {
-    T* not_in_place = nullptr;
-    run(read_run(level.student, offset(level.student), count, scratch.student_row),
-        read_run(level.teacher, offset(level.teacher), count, scratch.teacher_row), not_in_place);
-  }
+  });
 }
 
 // The error of each run of a tile, and the gradient. errors: [C] of a planar tile, [1] of an interleaved one.

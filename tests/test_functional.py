@@ -337,3 +337,24 @@ def test_traced_code_holds_the_operator_and_vmap_names_it():
     assert_close(traced(2 * student), maskd_kernels.maskd_loss(2 * student, teacher, tokens), 2e-6, "traced")
     with pytest.raises(RuntimeError, match="maskd_kernels::receptive_stats"):
         torch.func.vmap(lambda s, t: maskd_kernels.maskd_loss(s[None], t[None], tokens))(student, teacher)
+
+
+def test_lazily_negated_features(backend):
+    """The imaginary part of a conjugate is a view whose memory holds the opposite."""
+
+    def negated():
+        return torch.randn(2, 4, 5, 6, dtype=torch.complex64, device=DEVICE).conj().imag
+
+    x, t, tokens = negated(), negated(), torch.randn(3, 4, device=DEVICE)
+    assert x.is_neg()
+
+    def loss_of(a, b):
+        attention, mean = maskd_kernels.attention_stats(a)
+        return maskd_kernels.maskd_loss(a, b, tokens), maskd_kernels.squared_error(a, b), attention, mean
+
+    with use_backend(backend):
+        got = loss_of(x, t)
+        wanted = [x.clone().resolve_neg(), t.clone().resolve_neg()]
+        expected = loss_of(*wanted)
+    for a, b in zip(got, expected, strict=True):
+        assert_close(a, b, 1e-6, "value")

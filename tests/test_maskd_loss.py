@@ -97,6 +97,44 @@ def test_dtypes(dtype, layout, calls):
     assert len(calls) == 10
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("pixels", [(128, 64), (130, 63)], ids=["rows on vectors", "rows across vectors"])
+def test_half_types_past_the_caches(pixels, layout, dtype):
+    inputs = make([(2, 131, *pixels)], dtype=dtype, layout=layout)
+    for factor in (1e4, 1e4, -2e4):  # not guessed, guessed, not guessed; far from float16's smallest numbers
+        loss, (gradient,) = both(inputs, factor)
+        expected, (wanted,) = exactly(inputs, factor)
+        assert_close(loss, expected, 5e-6, "loss")
+        assert_close(gradient, wanted, CAP[dtype], "gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_gradients_round_as_pytorch_does(dtype):
+    """Whole vectors and what is left of them: infinities, NaN, values too small to be normal, ties to even."""
+    values = [
+        float("inf"),
+        float("-inf"),
+        float("nan"),
+        0.0,
+        1e-39,
+        -3e-8,
+        65504.0,
+        1.5,
+        1 + 2**-8,
+        1 + 3 * 2**-8,
+        1e38,
+    ]
+    student, teacher, tokens, _ = make([(1, 1, 1, 107)], tokens=1, weighted=False, dtype=dtype)
+    with torch.no_grad():
+        teacher[0].zero_()  # all masks are 1 / 2, and so is the gradient's factor up to what it is divided by
+        student[0].copy_(torch.tensor(values).repeat(10)[:107])
+    (gradient,) = both((student, teacher, tokens, None), factor=107.0)[1]
+    expected = (0.25 * 2 / 0.5 * student[0].detach().float()).to(dtype)
+    assert torch.equal(gradient.isnan(), expected.isnan())
+    assert torch.equal(gradient.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 64])
 def test_token_counts(tokens, calls):
     check(make([(2, 19, 12, 11)], tokens=tokens))
