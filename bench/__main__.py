@@ -80,7 +80,7 @@ def measure(case: Any, device: str, seconds: float, wanted: list[str]) -> dict[s
     """All ways of running a case: forward and backward, cold and warm, and each pass alone, cold."""
     import torch
 
-    from bench.subjects import build, streaming_pass
+    from bench.subjects import autograd_alone, build, streaming_pass
     from bench.timing import Cold, interleaved, kernel_launches, peak_extra_bytes, time_once
 
     subject = build(case, device)
@@ -113,11 +113,15 @@ def measure(case: Any, device: str, seconds: float, wanted: list[str]) -> dict[s
         if subject.differentiable:
             calls[f"{name}/forward/cold"] = chilled(forward(name))
             calls[f"{name}/backward/cold"] = lambda name=name: backward(name)
-    floors = {f"streaming_{units:g}": units for units in sorted({3.0, subject.units})}
-    for name, units in floors.items():
-        moved = streaming_pass(case, device, units)
-        calls[f"{name}/both/cold"], calls[f"{name}/both/warm"] = chilled(moved), warmed(moved)
-    timings = interleaved(calls, seconds)
+    floors = {
+        f"streaming_{units:g}": streaming_pass(case, device, units) for units in sorted({3.0, float(subject.units)})
+    }
+    if subject.differentiable:
+        floors["autograd_alone"] = autograd_alone(subject.leaves)
+    for name, floor in floors.items():
+        calls[f"{name}/both/cold"], calls[f"{name}/both/warm"] = chilled(floor), warmed(floor)
+    # The ratios are made from what runs cold, forward and backward.
+    timings = interleaved(calls, seconds, lambda name: 6 if name.endswith("both/cold") else 2)
     providers: dict[str, Any] = {}
     for key, timing in timings.items():
         name, way, cache = key.split("/")
@@ -176,7 +180,7 @@ def main() -> int:
     parser.add_argument("--providers", default="", help="only these providers, by commas (default: all)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--seconds", type=float, default=6, help="time per case, beyond what checking takes")
+    parser.add_argument("--seconds", type=float, default=3, help="time per case for what is fast, once all have run")
     parser.add_argument("--json", type=Path, help="folder for results")
     parser.add_argument("--keep-memory", action="store_true", help="have the C library keep freed memory (Linux)")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"), help="compare two result files")

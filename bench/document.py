@@ -110,7 +110,8 @@ def detail_table(result: dict[str, Any]) -> list[str]:
         speed = units * result["map_bytes"] / cold["median_ms"] / 1e6
         cells = [name, *(f"{cold[key]:.3f}" for key in ("median_ms", "p20_ms", "p80_ms"))]
         cells += [f"{entry[way]['median_ms']:.3f}" if way in entry else "" for way in ("both warm", "forward cold")]
-        cells += [f"{entry['backward cold']['median_ms']:.3f}" if "backward cold" in entry else "", f"{speed:.1f}"]
+        cells += [f"{entry['backward cold']['median_ms']:.3f}" if "backward cold" in entry else ""]
+        cells += ["" if name == "autograd_alone" else f"{speed:.1f}"]
         peak, launches = entry.get("peak_extra_bytes"), entry.get("kernel_launches")
         cells += [
             "" if peak is None else f"{peak / result['map_bytes']:.2f}",
@@ -148,7 +149,8 @@ def page() -> str:
         "written before each call; warm: the same call has just run. Times of different machines or runs do not",
         "compare; the ratios within a case do. GB/s counts each input read once per pass that needs it and each result",
         "written once (the case's units), whatever a provider really moves. `streaming_n` moves n feature maps, that",
-        "is all.",
+        "is all; `autograd_alone` is an operator that computes nothing, forward and backward: what PyTorch itself",
+        "takes for one.",
         "`python -m bench --compare before.json after.json --gate 0.1` says what a change did.",
         "",
         "![Ratios](benchmarks/ratios.png)",

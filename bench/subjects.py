@@ -72,6 +72,23 @@ def streaming_pass(case: Case, device: str, units: float = 3) -> Callable[[], An
     return lambda: torch.sub(a, b, out=out)
 
 
+class _Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor], *leaves: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return gradients[0].new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, *ctx.gradients
+
+
+def autograd_alone(leaves: list[Tensor]) -> Callable[[], Any]:
+    """An operator that computes nothing, forward and backward: what PyTorch takes for any operator outside of it."""
+    gradients = [torch.empty_like(x) for x in leaves]
+    return lambda: torch.autograd.grad(_Nothing.apply(gradients, *leaves), leaves)
+
+
 def build(case: Case, device: str) -> Subject:
     """The subject of a case."""
     from bench import bench_generative, bench_maskd, bench_operators

@@ -63,21 +63,27 @@ def time_once(call: Callable[[], Any]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def interleaved(calls: dict[str, Callable[[], float]], seconds: float, least: int = 3) -> dict[str, Timing]:
-    """Each call once per round in a new random order, round after round: drift hits all alike.
+def interleaved(
+    calls: dict[str, Callable[[], float]], seconds: float, least: Callable[[str], int] = lambda _: 3
+) -> dict[str, Timing]:
+    """Calls, which return their own milliseconds, round after round in a new random order: drift hits all alike.
 
-    Calls return their own milliseconds. One that takes more than its share of the time leaves after ``least`` rounds.
+    Each runs ``least(name)`` times. Then those that have not had more than their share of the time go on for
+    ``seconds``: a slow one does not cost the fast ones their number.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    deadline, order = time.perf_counter() + seconds, random.Random(0)
-    while True:
-        over = time.perf_counter() >= deadline
-        share = seconds * 1e3 / len(calls)
-        due = [n for n, t in times.items() if len(t) < least or not (over or sum(t) > share)]
-        if not due:
-            return {name: Timing.of(values) for name, values in times.items()}
+    order, share = random.Random(0), seconds * 1e3 / len(calls)
+
+    def run(due: list[str]) -> None:
         for name in order.sample(due, len(due)):
             times[name].append(calls[name]())
+
+    while due := [name for name, taken in times.items() if len(taken) < least(name)]:
+        run(due)
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline and (due := [name for name, taken in times.items() if sum(taken) < share]):
+        run(due)
+    return {name: Timing.of(values) for name, values in times.items()}
 
 
 def kernel_launches(function: Callable[[], Any]) -> int | None:

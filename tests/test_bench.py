@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from bench.cases import SUITES, Case
 from bench.compare import compare
 from bench.document import scaling_table
 from bench.subjects import build
+from bench.timing import interleaved
 
 TINY = {
     "maskd": Case("maskd", "tiny", 2, 8, ((9, 7), (4, 3))),
@@ -42,6 +44,7 @@ def test_every_provider_is_right_and_reported(name):
     result = measure(TINY[name], "cpu", 0.05, UNCOMPILED)
     assert not result["dropped"]
     assert {"reference", "streaming_3"} <= result["providers"].keys()
+    assert ("autograd_alone" in result["providers"]) == (name != "attention_stats")
     assert all(p["both cold"]["median_ms"] > 0 for p in result["providers"].values())
     assert result["providers"]["reference"]["peak_extra_bytes"] > 0
     assert f"{name}: tiny, float32" in report(result)
@@ -117,3 +120,12 @@ def test_gate(tmp_path, capsys):
     assert compare(before, result_file(tmp_path / "slower.json", 7.0, 2.0), None) == 0
     assert compare(before, tmp_path / "slower.json", 0.1) == 1
     assert "WORSE" in capsys.readouterr().out
+
+
+def test_slow_calls_leave_time_to_fast_ones():
+    def takes(milliseconds):
+        return lambda: (time.sleep(milliseconds / 1e3), milliseconds)[1]
+
+    timings = interleaved({"slow": takes(50.0), "fast": takes(0.1)}, 0.05, lambda name: 2)
+    assert timings["slow"].samples == 2
+    assert timings["fast"].samples > 20
