@@ -296,6 +296,11 @@ MASKD_INLINE void stream_vector(Stored* p, Vec<float> v) {
 }
 
 template <typename T>
+MASKD_INLINE int64_t elements_to_boundary(const T* p) {
+  return (-reinterpret_cast<intptr_t>(p) & (kVectorBytes - 1)) / int64_t(sizeof(T));
+}
+
+template <typename T>
 MASKD_INLINE bool on_vector_boundary(const T* p) {
   return (reinterpret_cast<intptr_t>(p) & (kVectorBytes - 1)) == 0;
 }

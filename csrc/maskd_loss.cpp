@@ -150,10 +150,16 @@ MASKD_INLINE void visit_run(const Tile& tile, const LossScratch<T>& scratch, boo
       error_run<T, Write::kStore>(s, t, count, result, weight, factor, error);
     } else if (on_vector_boundary(result)) {
       error_run<T, Write::kStream>(s, t, count, result, weight, factor, error);
-    } else {
+    } else if (std::is_same_v<Stored, BFloat>) {  // weights and pixels meet in pairs
       Stored* row = reinterpret_cast<Stored*>(scratch.result_row);
       error_run<T, Write::kStore>(s, t, count, row, weight, factor, error);
       stream_bytes(result, row, count * int64_t(sizeof(Stored)));
+    } else {
+      const int64_t before = elements_to_boundary(result), head = before < count ? before : count;
+      error_run<T, Write::kStore>(s, t, head, result, weight, factor, error);
+      error_run<T, Write::kStream>(
+          s + head, t + head, count - head, result + head, [&](int64_t i) { return weight(head + i); },
+          [&](int64_t i) { return factor(head + i); }, error);
     }
   });
 }
@@ -176,10 +182,12 @@ void visit_tile(const Tile& tile, const LossScratch<T>& scratch, const T* factor
     }
     return;
   }
+  const int64_t pieces = (tile.count + kPiece - 1) / kPiece;  // of the same size, none much too short
+  const int64_t piece = pieces > 0 ? round_up((tile.count + pieces - 1) / pieces, 2 * kLanes<T>) : 0;
   for (int64_t c = tile.first_channel; c < tile.last_channel; ++c) {
     errors[c] = 0;
-    for (int64_t begin = 0; begin < tile.count; begin += kPiece) {
-      const int64_t count = tile.count - begin < kPiece ? tile.count - begin : kPiece;
+    for (int64_t begin = 0; begin < tile.count; begin += piece) {
+      const int64_t count = tile.count - begin < piece ? tile.count - begin : piece;
       ErrorSum<T> error;
       visit_run(
           tile, scratch, stream, c, tile.begin + begin, count,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from maskd_kernels.ops import attention_stats as attention_op
+from maskd_kernels.ops import layout
 from maskd_kernels.ops import maskd_loss as loss_op
 from maskd_kernels.ops import scale_pixels as scale_op
 from maskd_kernels.ops import squared_error as error_op
@@ -61,10 +62,10 @@ def _computable(
     teacher: list[Tensor], tokens: list[Tensor], student: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The dtypes that the kernels take: one float64 makes all float64; tokens come in the compute dtype."""
-    if any(x.dtype == torch.float64 for x in (*teacher, *tokens, *student)):
+    if any([x.dtype == torch.float64 for x in (*teacher, *tokens, *student)]):
         teacher, student = [t.double() for t in teacher], [s.double() for s in student]
     dtype = compute_dtype(teacher[0].dtype)
-    return teacher, [e.to(dtype) for e in tokens], student
+    return teacher, [e if e.dtype == dtype else e.to(dtype) for e in tokens], student
 
 
 def _stats(
@@ -441,12 +442,7 @@ def scale_channels(x: Levels, scale: Levels, *, channel_dim: int = 1) -> Tensor 
 
 def _computed(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     """Small factors as the operators take them: contiguous, in the features' compute dtype."""
-    dtypes = [compute_dtype(y.dtype) for y in like]
-    return [_dense(x if x.dtype == dtype else x.to(dtype)) for x, dtype in zip(tensors, dtypes, strict=True)]
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.is_contiguous() else x.contiguous()
+    return [layout.as_dense(x, compute_dtype(y.dtype)) for x, y in zip(tensors, like, strict=True)]
 
 
 def squared_error(pred: Levels, target: Levels, *, channel_scale: Levels | None = None, channel_dim: int = 1) -> Tensor:

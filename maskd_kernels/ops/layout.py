@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from maskd_kernels import backends, native
+
+
+def as_dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous and of this dtype; the tensor itself where it is, as even calls that change nothing take time."""
+    x = x if x.dtype == dtype else x.to(dtype)
+    return x if x.is_contiguous() else x.contiguous()
 
 
 class Feature(NamedTuple):

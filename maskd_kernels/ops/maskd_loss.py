@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from maskd_kernels import backends, native
+from maskd_kernels.ops import layout
 from maskd_kernels.ops import receptive_stats as stats_op
 from maskd_kernels.ops.registration import is_plain
 from maskd_kernels.reference import compute_dtype
@@ -85,8 +86,8 @@ def _compute(
     dtype = compute_dtype(teacher[0].dtype)
     n, k, pixels = teacher[0].shape[0], tokens[0].shape[0], sum(math.prod(t.shape[2:]) for t in teacher)
     masks = native.empty((n, k, pixels), dtype)
-    share, loss = torch.empty((len(teacher), n, k), dtype=dtype), torch.empty((), dtype=dtype)
-    parameters = [tuple(w.detach().to(dtype).contiguous() for w in level) for level in weighting]
+    share, loss = native.empty((len(teacher), n, k), dtype), native.empty((), dtype)
+    parameters = [[layout.as_dense(w, dtype) for w in level] for level in weighting]
     levels, _alive = stats_op.native_levels(teacher, tokens, student, ([], [], gradients))
     native.module().maskd_loss(
         levels=levels,

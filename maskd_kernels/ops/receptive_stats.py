@@ -220,7 +220,7 @@ def native_levels(
         t, s = layout.dense_view(raw), layout.dense_view(student[i]) if student else None
         # Where the two maps differ in layout, the kernels read the teacher in the student's.
         t = layout.with_layout(t, (s or t).interleaved)
-        token = tokens[i].contiguous() if tokens else None
+        token = layout.as_dense(tokens[i], tokens[i].dtype) if tokens else None
         alive += [x for x in (t.tensor, s and s.tensor, token) if x is not None]
         _, channels, pixels = t.shape
         levels.append(
