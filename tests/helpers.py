@@ -24,6 +24,10 @@ def features(shape, dtype=torch.float32, layout="contiguous", scale=1.0, grad=Tr
         padded = torch.randn(n, c + 3, *(s + 2 for s in spatial)).to(DEVICE, dtype)
         padded[(slice(None), slice(1, c + 1), *(slice(1, s + 1) for s in spatial))] = x
         x = padded[(slice(None), slice(1, c + 1), *(slice(1, s + 1) for s in spatial))]
+    elif layout == "rows":  # of larger images: pixels that follow each other, channels that do not
+        padded = torch.randn(n, c, spatial[0] + 2, *spatial[1:]).to(DEVICE, dtype)
+        padded[:, :, 1 : spatial[0] + 1] = x
+        x = padded[:, :, 1 : spatial[0] + 1]
     elif layout == "every_other":
         wide = torch.zeros(n, c, *spatial[:-1], 2 * spatial[-1], dtype=dtype, device=DEVICE)
         wide[..., ::2] = x

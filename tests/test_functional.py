@@ -358,3 +358,10 @@ def test_lazily_negated_features(backend):
         expected = loss_of(*wanted)
     for a, b in zip(got, expected, strict=True):
         assert_close(a, b, 1e-6, "value")
+
+
+def test_scales_of_any_layout(backend):
+    x, scale = torch.randn(2, 3, 40, 50, device=DEVICE), torch.rand(2, 50, 40, device=DEVICE).mT
+    assert not scale.is_contiguous()
+    with use_backend(backend):
+        assert torch.equal(maskd_kernels.scale_pixels(x, scale), x * scale[:, None])

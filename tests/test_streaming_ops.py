@@ -10,7 +10,7 @@ from maskd_kernels.ops.attention_stats import attention_stats
 from maskd_kernels.ops.scale_pixels import scale_pixels
 from maskd_kernels.ops.squared_error import squared_error
 
-LAYOUTS = ["contiguous", "channels_last", "sliced", "every_other"]
+LAYOUTS = ["contiguous", "channels_last", "sliced", "rows", "every_other"]
 LAYOUTS += ["expanded_batch", "expanded_pixels", "expanded_channels"]
 SHAPES = [(2, 10, 7, 9), (1, 4, 1, 1), (2, 19, 8, 16), (1, 3, 5, 1), (2, 37, 1, 131), (1, 2, 40, 33), (2, 70, 33)]
 FLOAT64_BACKENDS = ["reference"] + ["native"] * (DEVICE == "cpu" and native.available())
@@ -99,7 +99,7 @@ def test_shapes(backend, operator, shape, upstream):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_layouts_and_dtypes(backend, operator, layout, dtype):
-    check(backend, operator, OPERATORS[operator][2]((2, 19, 7, 9), dtype, layout))
+    check(backend, operator, OPERATORS[operator][2]((2, 20, 7, 9), dtype, layout))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -11,14 +11,11 @@ from torch import Tensor
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether kernels may run outside the dispatcher: nothing traces, transforms or watches the call.
-
-    The dispatcher also brings about what a lazily negated tensor (``z.conj().imag``) only promises.
-    """
+    """Whether kernels may run outside the dispatcher: nothing traces, transforms or watches the call."""
     if torch.compiler.is_compiling():
         return False
     for x in tensors:
-        if (type(x) is not Tensor and type(x) is not torch.nn.Parameter) or x.is_neg():
+        if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
             return False
     return not (
         tensors[0].is_meta
