@@ -15,7 +15,8 @@ MASKD_INLINE Vec<float> magnitude(Vec<float> x) {
 
 MASKD_INLINE Vec<double> magnitude(Vec<double> x) { return x < 0 ? -x : x; }
 
-constexpr int64_t kRows = 8;  // taken together: the sums down the columns are loaded and stored once for all
+constexpr int64_t kRows = 8;   // taken together: the sums down the columns are loaded and stored once for all
+constexpr int64_t kAhead = 4;  // times kRows: how far ahead short rows are fetched, which the processor does not follow
 
 // Adds kCount rows to the sums down their columns, and to `along` the sums of each row. Magnitudes are summed over
 // channels, values over pixels.
@@ -55,6 +56,8 @@ void add_block(const AttentionStats& problem, const RowBlocks& blocks, int64_t n
     for (int64_t row = first; row < last; row += kRows) {
       double totals[kRows] = {};
       const int64_t rows = last - row < kRows ? last - row : kRows;
+      if (blocks.columns < kStreamedRow)
+        prefetch_run(problem.x, blocks.offset(problem.x, n, row + kAhead * kRows), kRows * blocks.columns);
       blocks.pieces([&](int64_t begin, int64_t count) {
         auto* x = memory + blocks.offset(problem.x, n, row) + begin;
         if (rows == kRows) {
