@@ -12,8 +12,8 @@ import maskd_kernels
 ROOT = Path(__file__).parent.parent
 
 
-def install(target, tmp_path, **environment):
-    """``pip install`` of a copy of the source under build isolation, without dependencies."""
+def copy_of_the_source(tmp_path):
+    """What a fresh clone holds, with what has been changed in this one."""
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
     if files.returncode:
         pytest.skip("needs the git checkout: the copy takes the files that git tracks")
@@ -22,6 +22,11 @@ def install(target, tmp_path, **environment):
         if name and (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
+    return source
+
+
+def install(target, source, **environment):
+    """``pip install`` under build isolation, without dependencies."""
     command = [sys.executable, "-m", "pip", "install", "-v", "--no-deps", "--target", str(target), str(source)]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
@@ -52,9 +57,13 @@ print(cli.info())
 
 @pytest.mark.slow
 def test_install_builds_the_extension_without_torch(tmp_path):
-    """Build isolation has no Torch in it; the extension neither sees its headers nor links it."""
+    """From a source distribution. Build isolation has no Torch in it; the extension neither sees nor links it."""
     target = tmp_path / "site"
-    install(target, tmp_path)
+    command = [sys.executable, "-m", "build", "--sdist", "--outdir", tmp_path, copy_of_the_source(tmp_path)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-2000:]
+    (archive,) = tmp_path.glob("*.tar.gz")
+    install(target, archive)
     output = run(target, LOSS.format(target=str(target)))
     assert output.startswith("True")
     (extension,) = target.glob("maskd_kernels/_native*.so")
@@ -67,7 +76,7 @@ def test_install_builds_the_extension_without_torch(tmp_path):
 def test_install_without_a_compiler(tmp_path):
     """It installs all the same, says what is slower, computes by the reference, and ``info`` says why."""
     target = tmp_path / "site"
-    log = install(target, tmp_path, CC="/nonexistent", CXX="/nonexistent")
+    log = install(target, copy_of_the_source(tmp_path), CC="/nonexistent", CXX="/nonexistent")
     assert "the C++ kernels were not built" in log
     assert not list(target.glob("maskd_kernels/_native*"))
     output = run(target, LOSS.format(target=str(target)))
