@@ -267,42 +267,40 @@ MASKD_INLINE void prefetch_run(const Feature& feature, int64_t offset, int64_t c
   for (int64_t i = 0; i < count * size_of(feature.dtype); i += kVectorBytes) __builtin_prefetch(memory + i);
 }
 
-// Stores past the caches; p lies on a vector boundary.
+// Stores past the caches; p lies on a boundary of the vector's size.
+template <typename V>
+MASKD_INLINE void stream_whole(void* p, const V& v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof v == 64)
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<const __m512i&>(v));
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof v == 32)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<const __m256i&>(v));
+#endif
+#if defined(__SSE2__)
+  __m128i parts[sizeof v / sizeof(__m128i)];
+  std::memcpy(parts, &v, sizeof v);
+  for (const __m128i& part : parts) _mm_stream_si128(reinterpret_cast<__m128i*>(p) + (&part - parts), part);
+#else
+  std::memcpy(p, &v, sizeof v);
+#endif
+}
+
 template <typename T>
 MASKD_INLINE void stream_vector(T* p, Vec<T> v) {
-#if defined(__AVX512F__)
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
-#elif defined(__SSE2__)
-  __m128i parts[4];
-  std::memcpy(parts, &v, sizeof v);
-  for (int i = 0; i < 4; ++i) _mm_stream_si128(reinterpret_cast<__m128i*>(p) + i, parts[i]);
-#else
-  store(p, v);
-#endif
+  stream_whole(p, v);
 }
 
 template <typename Stored, typename = IfHalf<Stored>>
 MASKD_INLINE void stream_vector(Stored* p, Vec<float> v) {
-  const StoredVec stored = narrow(v, Stored{});
-#if defined(__AVX__)
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(stored));
-#elif defined(__SSE2__)
-  __m128i parts[2];
-  std::memcpy(parts, &stored, sizeof stored);
-  for (int i = 0; i < 2; ++i) _mm_stream_si128(reinterpret_cast<__m128i*>(p) + i, parts[i]);
-#else
-  store(p, v);
-#endif
+  stream_whole(p, narrow(v, Stored{}));
 }
 
+// How many elements lie before the next vector boundary.
 template <typename T>
 MASKD_INLINE int64_t elements_to_boundary(const T* p) {
   return (-reinterpret_cast<intptr_t>(p) & (kVectorBytes - 1)) / int64_t(sizeof(T));
-}
-
-template <typename T>
-MASKD_INLINE bool on_vector_boundary(const T* p) {
-  return (reinterpret_cast<intptr_t>(p) & (kVectorBytes - 1)) == 0;
 }
 
 // Two vectors of consecutive elements. Of bfloat16 the first takes those at even positions and the second those at odd

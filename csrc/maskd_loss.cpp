@@ -148,9 +148,8 @@ MASKD_INLINE void visit_run(const Tile& tile, const LossScratch<T>& scratch, boo
       error_run<T, Write::kNone>(s, t, count, result, weight, factor, error);
     } else if (!stream) {
       error_run<T, Write::kStore>(s, t, count, result, weight, factor, error);
-    } else if (on_vector_boundary(result)) {
-      error_run<T, Write::kStream>(s, t, count, result, weight, factor, error);
-    } else if (std::is_same_v<Stored, BFloat>) {  // weights and pixels meet in pairs
+    } else if (std::is_same_v<Stored, BFloat> && elements_to_boundary(result) > 0) {
+      // Weights and pixels meet in pairs from the run's beginning on.
       Stored* row = reinterpret_cast<Stored*>(scratch.result_row);
       error_run<T, Write::kStore>(s, t, count, row, weight, factor, error);
       stream_bytes(result, row, count * int64_t(sizeof(Stored)));
