@@ -111,3 +111,21 @@ def check_stats(backend, teacher, tokens, student, customize=None, sums=True, up
         floor = {torch.float64: 1e-10, torch.float32: 4e-6}.get(got.dtype, torch.finfo(got.dtype).eps)
         cap = max(CAP[got.dtype], CAP[dtype]) if got.dtype != torch.float32 else CAP[torch.float32]
         assert_close(got, expected, min(max(2 * error(plain, expected), floor), cap), f"gradient {i}")
+
+
+def parameters_of_processes(train, folder, world=2):
+    """What ``train(rank)`` returns, a list of parameters, flattened, from each process of a gloo group.
+
+    They come by file: a process aborts where gloo's threads, some time after a collective returned, let go of tensors
+    that Python knew and find the interpreter ended (pytorch/pytorch#179291).
+    """
+    torch.multiprocessing.spawn(_train_and_save, (train, folder, world), nprocs=world)
+    return [torch.load(folder / f"parameters{rank}.pth", weights_only=True) for rank in range(world)]
+
+
+def _train_and_save(rank, train, folder, world):
+    method = f"file://{folder / 'rendezvous'}"
+    torch.distributed.init_process_group("gloo", init_method=method, rank=rank, world_size=world)
+    values = torch.cat([p.detach().flatten() for p in train(rank)])
+    torch.save(values, folder / f"parameters{rank}.pth")
+    torch.distributed.destroy_process_group()

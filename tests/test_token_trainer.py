@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import parameters_of_processes
 from test_distiller import IMAGE, Net
 from torch import nn
 
@@ -114,8 +115,7 @@ def test_bad_input():
         TokenTrainer(Net(8), "neck", [])
 
 
-def run_ddp(rank, world, path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+def train_tokens_in_ddp(rank):
     torch.manual_seed(0)
     trainer = TokenTrainer(Net(8, "tensor"), "neck", 8)
     ddp = nn.parallel.DistributedDataParallel(trainer)
@@ -126,15 +126,12 @@ def run_ddp(rank, world, path):
         optimizer.zero_grad()
         (task_loss(output) + dice).backward()
         optimizer.step()
-    values = torch.cat([p.detach().flatten() for p in trainer.parameters()])
-    gathered = [torch.zeros_like(values) for _ in range(world)]
-    torch.distributed.all_gather(gathered, values)
-    assert torch.equal(gathered[0], gathered[1])
-    torch.distributed.destroy_process_group()
+    return list(trainer.parameters())
 
 
 def test_ddp(tmp_path):
-    torch.multiprocessing.spawn(run_ddp, (2, tmp_path / "rendezvous"), nprocs=2)
+    first, second = parameters_of_processes(train_tokens_in_ddp, tmp_path)
+    assert torch.equal(first, second)
 
 
 def test_plot_masks(tmp_path):
