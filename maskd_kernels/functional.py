@@ -17,9 +17,9 @@ from torch import Tensor
 from maskd_kernels.ops import attention_stats as attention_op
 from maskd_kernels.ops import layout
 from maskd_kernels.ops import maskd_loss as loss_op
+from maskd_kernels.ops import receptive_stats as stats_op
 from maskd_kernels.ops import scale_pixels as scale_op
 from maskd_kernels.ops import squared_error as error_op
-from maskd_kernels.ops.receptive_stats import receptive_stats
 from maskd_kernels.reference import ReceptiveStats, compute_dtype
 from maskd_kernels.validation import (
     FLOATING,
@@ -77,10 +77,7 @@ def _stats(
 ) -> ReceptiveStats:
     """The operator, its inputs brought to the dtypes it takes."""
     teacher, tokens, student = _computable(teacher, tokens, student)
-    flag = customize if isinstance(customize, Tensor) else None
-    if customize is True:
-        flag = torch.ones((), dtype=torch.bool, device=teacher[0].device)
-    return receptive_stats(teacher, tokens, student, flag, sums)
+    return stats_op.receptive_stats(teacher, tokens, student, stats_op.as_flag(customize, teacher[0].device), sums)
 
 
 def _full_precision(x: Tensor) -> torch.autocast:
@@ -226,7 +223,7 @@ def maskd_loss(
         match_weighting(w, t, e[0].shape[0])
     if not return_dice and loss_op.applies(t, e, s, [x for level in w for x in level]):
         t, e, s = _computable(t, e, s)
-        return loss_op.maskd_loss(t, e, s, w, bool(customize), eps)
+        return loss_op.maskd_loss(t, e, s, w, customize, eps)
     with _full_precision(t[0]):
         stats = _stats(t, e, s, customize, sums=len(w) > 0)
         weights = _mask_weights(stats.sums, t, w) if w else None

@@ -1,91 +1,134 @@
-"""Compiles the kernels for several GPUs and prints, as JSON, what became of them. Run by test_triton_compilation.py.
+"""Compiles what the Triton launchers launch, for architectures that are not there; prints what came out, as JSON.
 
-``--record`` writes the registers each kernel takes to triton_registers.json instead, for a change that means to change
-them.
+The operators run as they would on a GPU, with a stand-in for Triton's driver that compiles and launches nothing: what
+is looked at are the very kernels, arguments and specialisations that users get. ``--record`` writes the register table.
 """
 
 import concurrent.futures
+import importlib
+import itertools
 import json
+import multiprocessing
 import os
+import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
-from maskd_kernels.triton import attention_stats, receptive_stats, scale_pixels, squared_error
-from maskd_kernels.triton.common import STREAM_C, STREAM_P, STREAM_WARPS
+from maskd_kernels import MaskModule, backends, functional, use_backend
+from maskd_kernels import triton as kernels
+from maskd_kernels.ops.attention_stats import attention_stats
+from maskd_kernels.ops.scale_pixels import scale_pixels
+from maskd_kernels.ops.squared_error import squared_error
 
 REGISTERS = Path(__file__).parent / "triton_registers.json"
-FEATURES = {"teacher", "student", "x", "y", "pred", "target", "grad_teacher", "grad_student"}
-FEATURES |= {"grad_x", "grad_y", "grad_pred", "grad_target"}
-POINTERS = FEATURES | {"tokens", "masks", "teacher_masks", "distance", "partials", "sums", "scale", "attention"}
-POINTERS |= {"grad", "grad_masks", "grad_distance", "grad_mass", "grad_error", "grad_gram", "grad_sums", "grad_scale"}
-POINTERS |= {"grad_attention", "grad_mean"}
-KERNELS = {
-    "forward": receptive_stats.forward_kernel,
-    "backward": receptive_stats.backward_kernel,
-    "backward_tokens": receptive_stats.backward_kernel,
-    "scale_pixels_forward": scale_pixels.forward_kernel,
-    "scale_pixels_backward": scale_pixels.backward_kernel,
-    "squared_error_forward": squared_error.forward_kernel,
-    "squared_error_backward": squared_error.backward_kernel,
-    "attention_stats_forward": attention_stats.forward_kernel,
-    "attention_stats_backward": attention_stats.backward_kernel,
+LEVELS = ((8, 16), (4, 8), (5, 5), (3, 3), (1, 2))  # some in rows of whole vectors, some not
+CHANNELS = 256
+# PyTorch's operations that launch nothing on a GPU.
+NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "view", "reshape", "slice"}
+NO_LAUNCH |= {"as_strided", "select", "unbind", "detach", "alias", "flatten", "expand", "unsqueeze"}
+
+
+def jit_functions():
+    """Every Triton kernel, by name."""
+    names = [m.name for m in pkgutil.iter_modules(kernels.__path__)]
+    modules = {name: importlib.import_module(f"{kernels.__name__}.{name}") for name in names}
+    return {
+        f"{name}.{attribute}": value
+        for name, module in modules.items()
+        for attribute, value in vars(module).items()
+        if isinstance(value, triton.JITFunction) and value.module == module.__name__
+    }
+
+
+class Driver:
+    """What Triton asks of its driver. Compiles for ``architecture``, and remembers what was launched."""
+
+    def __init__(self, architecture):
+        self.architecture, self.launches = architecture, []
+        limits = {"max_shared_mem": 1 << 30}
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: limits, load_binary=lambda *_: (object(), 0, 0, 0, 1024)
+        )
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self):
+        return self.architecture
+
+    def get_current_stream(self, device):
+        return 0
+
+    def launcher_cls(self, source, metadata):
+        return lambda *_: self.launches.append(source.fn.__name__)
+
+
+def pyramid(dtype, interleaved, grad=False):
+    maps = [torch.zeros(2, CHANNELS, *size, dtype=dtype) for size in LEVELS]
+    if interleaved:
+        maps = [x.to(memory_format=torch.channels_last) for x in maps]
+    return [x.requires_grad_(grad) for x in maps]
+
+
+def loss(dtype, interleaved, train_all=False):
+    modules = [MaskModule(CHANNELS, 6).requires_grad_(train_all) for _ in LEVELS]
+    weighting = [m.weighting for m in modules]
+    tokens = [m.mask_token for m in modules]
+    student, teacher = pyramid(dtype, interleaved, True), pyramid(dtype, interleaved, train_all)
+    return lambda: functional.maskd_loss(student, teacher, tokens, weighting=weighting).backward()
+
+
+def scale(dtype, interleaved):
+    factors = [torch.ones(2, *size, requires_grad=True) for size in LEVELS]
+    x, gradients = pyramid(dtype, interleaved, True), pyramid(dtype, interleaved)
+    return lambda: torch.autograd.backward(scale_pixels(x, factors), gradients)
+
+
+def error(dtype, interleaved):
+    factors = [torch.ones(2, CHANNELS, requires_grad=True) for _ in LEVELS]
+    pred, target = pyramid(dtype, interleaved, True), pyramid(dtype, interleaved)
+    return lambda: squared_error(pred, target, factors).sum().backward()
+
+
+def attention(dtype, interleaved):
+    x = pyramid(dtype, interleaved, True)
+    gradients = [torch.ones(2, *size) for size in LEVELS] + [torch.ones(2, CHANNELS) for _ in LEVELS]
+    return lambda: torch.autograd.backward([y for level in attention_stats(x) for y in level], gradients)
+
+
+SCENARIOS = {
+    "loss": loss,
+    "tokens": lambda *a: loss(*a, train_all=True),
+    "scale": scale,
+    "error": error,
+    "attention": attention,
 }
 
 
-def receptive_constants(kind, interleaved, dtype):
-    """Constants and warps as the launcher of receptive_stats would have them."""
-    tokens = kind == "backward_tokens"
-    block_c, block_p, warps = receptive_stats.BLOCK_C, receptive_stats.BLOCK_P, receptive_stats.NUM_WARPS
-    if kind != "forward":
-        block_c, block_p, warps = receptive_stats.backward_tile(tokens, 4 if dtype == "fp32" else 2)
-    constants = {"K": 6, "K_PAD": 16, "BLOCK_C": block_c, "BLOCK_P": block_p, "HAS_STUDENT": True, "CUSTOMIZE": False}
-    if kind == "forward":
-        constants |= {"SUMS": True}
-    else:
-        constants |= {"HAS_ERROR": True, "WANT_STUDENT": True, "HAS_MASKS": False, "HAS_DISTANCE": False}
-        constants |= {name: tokens for name in ("HAS_MASS", "HAS_GRAM", "HAS_SUMS", "WANT_TEACHER", "WANT_TOKENS")}
-    return constants, warps
-
-
-def specialise(kind, interleaved, dtype, aligned):
-    """The kernel with signature, constants, attributes and options as the launcher would have them."""
-    kernel = KERNELS[kind]
-    if kernel in (receptive_stats.forward_kernel, receptive_stats.backward_kernel):
-        constants, warps = receptive_constants(kind, interleaved, dtype)
-    else:
-        constants, warps = {"BLOCK_C": STREAM_C, "BLOCK_P": STREAM_P, "HAS_SCALE": True}, STREAM_WARPS
-        constants |= {"WANT_X": True, "WANT_SCALE": True, "WANT_PRED": True, "WANT_TARGET": False}
-    constants |= {name: 8 if aligned else 1 for name in ("ALIGN", "C_ALIGN", "P_ALIGN")}
-    signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name.endswith("INTERLEAVED"):
-            constants[name] = interleaved
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in POINTERS or name == "customize":
-            signature[name] = f"*{dtype}" if name in FEATURES else "*i1" if name == "customize" else "*fp32"
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32"
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    return ASTSource(kernel, signature, constants, attributes), {"num_warps": warps}
+def launches_of_pytorch(call):
+    """PyTorch's own operations that a call runs and that would launch a kernel on a GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    operations = [e for e in profile.events() if e.name.startswith("aten::")]
+    outermost = [e for e in operations if e.cpu_parent is None or not e.cpu_parent.name.startswith("aten::")]
+    return [e.name for e in outermost if e.name.removeprefix("aten::") not in NO_LAUNCH]
 
 
 def tool(name):
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def inspect(kind, interleaved, dtype, aligned, architecture):
-    source, options = specialise(kind, interleaved, dtype, aligned)
-    binary = triton.compile(source, GPUTarget("cuda", architecture, 32), options=options)
-    ptx = binary.asm["ptx"]
+def inspect(kernel, architecture):
+    ptx = kernel.asm["ptx"]
     target = re.search(r"\.target (sm_\w+)", ptx).group(1)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
@@ -96,29 +139,49 @@ def inspect(kind, interleaved, dtype, aligned, architecture):
     return {
         "registers": int(re.search(r"Used (\d+) registers", usage).group(1)),
         "spills": sum(int(count) for count in re.findall(r"(\d+) bytes spill", usage)),
-        "shared_bytes": binary.metadata.shared,
+        "shared_bytes": kernel.metadata.shared,
         "wide_loads": len(re.findall(r"ld\.global[\w.:]*\.v(?:4\.[bf]32|8\.[bf]32|2\.[bf]64)", ptx)),
         "wide_stores": len(re.findall(r"st\.global[\w.:]*\.v(?:4\.[bf]32|8\.[bf]32|2\.[bf]64)", ptx)),
     }
 
 
+def compile_all(architecture, dtype, layout):
+    """What each scenario launched, looked into."""
+    backends.why_no_triton = lambda device_type: None
+    driver.set_active(Driver(architecture))
+    results = {}
+    for scenario, run in SCENARIOS.items():
+        for function in jit_functions().values():
+            function.device_caches.clear()
+        with use_backend("triton"):
+            run(getattr(torch, dtype), layout == "interleaved")()
+        for name, function in jit_functions().items():
+            for i, kernel in enumerate(function.device_caches[architecture][0].values()):
+                key = f"{scenario} {name}{i or ''} {layout} {dtype} sm_{architecture}"
+                results[key] = inspect(kernel, architecture)
+    return results
+
+
+def launches_of_a_pyramid():
+    """Everything that the loss over a pyramid launches, forward and backward: ours, and PyTorch's."""
+    backends.why_no_triton = lambda device_type: None
+    driver.set_active(Driver(90))
+    with use_backend("triton"):
+        others = launches_of_pytorch(loss(torch.bfloat16, False))
+    return [*driver.active.launches, *others]
+
+
 def main():
-    jobs = {}
-    for architecture in (80, 90, 100):
-        for kind in KERNELS:
-            for layout in ("planar", "interleaved"):
-                for dtype in ("fp32", "fp16", "bf16"):
-                    name = f"{kind} {layout} {dtype} aligned sm_{architecture}"
-                    jobs[name] = (kind, layout == "interleaved", dtype, True, architecture)
-            jobs[f"{kind} planar fp32 odd sm_{architecture}"] = (kind, False, "fp32", False, architecture)
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(lambda job: inspect(*job), jobs.values()))
+    jobs = list(itertools.product((80, 90, 100), ("float32", "float16", "bfloat16"), ("planar", "interleaved")))
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        results = {k: v for result in pool.map(compile_all, *zip(*jobs, strict=True)) for k, v in result.items()}
+        launches = pool.submit(launches_of_a_pyramid).result()
     if "--record" in sys.argv:
-        registers = {name: result["registers"] for name, result in zip(jobs, results, strict=True)}
-        content = {"triton": triton.__version__, "registers": registers}
+        content = {"triton": triton.__version__, "registers": {k: v["registers"] for k, v in results.items()}}
         REGISTERS.write_text(json.dumps(content, indent=1) + "\n")
     else:
-        json.dump(dict(zip(jobs, results, strict=True)), sys.stdout)
+        json.dump({"kernels": results, "launches": launches}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,13 @@ def receptive_stats(
     return ReceptiveStats(*_operator(teacher, tokens, student, customize, sums))
 
 
+def as_flag(customize: bool | Tensor, device: torch.device) -> Tensor | None:
+    """The operator's ``customize``."""
+    if isinstance(customize, Tensor):
+        return customize
+    return torch.ones((), dtype=torch.bool, device=device) if customize else None
+
+
 def _empty_stats(
     teacher: Sequence[Tensor],
     tokens: Sequence[Tensor],
@@ -92,13 +99,18 @@ def _fake(
     return tuple(_empty_stats(teacher, tokens, student, customize is not None, sums))
 
 
-def _forward(
-    teacher: list[Tensor], tokens: list[Tensor], student: list[Tensor], customize: Tensor | None, sums: bool
-) -> tuple[Tensor, ...]:
+def forward(
+    teacher: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    student: Sequence[Tensor],
+    customize: Tensor | None,
+    sums: bool,
+) -> ReceptiveStats:
+    """What ``receptive_stats`` returns, not differentiable."""
     backend = backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype))
     if backend == "reference":
         with torch.autocast(teacher[0].device.type, enabled=False):
-            return tuple(reference.receptive_stats(teacher, tokens, student, customize, sums))
+            return reference.receptive_stats(teacher, tokens, student, customize, sums)
     out = _empty_stats(teacher, tokens, student, customize is not None, sums, pooled=backend == "native")
     if backend == "native":
         _native_forward(teacher, tokens, student, customize, out)
@@ -106,7 +118,13 @@ def _forward(
         from maskd_kernels.triton import receptive_stats as kernels
 
         kernels.forward(teacher, tokens, student, customize, out)
-    return tuple(out)
+    return out
+
+
+def _forward(
+    teacher: list[Tensor], tokens: list[Tensor], student: list[Tensor], customize: Tensor | None, sums: bool
+) -> tuple[Tensor, ...]:
+    return tuple(forward(teacher, tokens, student, customize, sums))
 
 
 def empty_gradients(

@@ -1,7 +1,7 @@
 """Triton kernels of ``attention_stats``. Equations and traffic: csrc/attention_stats.h.
 
-One program takes a tile of ``STREAM_P`` pixels of one image and walks its channels. Sums over pixels are written per
-tile and added in a fixed order, so that results are bitwise repeatable. 64-bit offsets; float32 arithmetic.
+One program takes a tile of ``STREAM_P`` pixels of one image on one level and walks its channels. Sums over pixels are
+written per tile and added in a fixed order, so that results are bitwise repeatable. 64-bit offsets; float32 arithmetic.
 """
 
 from __future__ import annotations
@@ -14,41 +14,46 @@ from torch import Tensor
 
 from maskd_kernels.ops import layout
 from maskd_kernels.triton.common import (
+    NARROW_STREAM_C,
     STREAM_C,
     STREAM_P,
     STREAM_WARPS,
-    alignment,
+    WIDE,
+    aligned,
+    as_levels,
     feature_offsets,
+    level_of,
     new_partials,
+    partial_row,
+    pick,
+    pointers,
     reduce_tiles,
-    tile_grid,
+    runs,
+    strides_of,
 )
 
-_COMMON = ["channels", "pixels", "x_n", "x_stride"]
 
-
-@triton.jit(do_not_specialize=_COMMON)
-def forward_kernel(
-    x,  # [N, C, P]
-    attention,  # [N, P]
-    partials,  # [N * tiles, C] channel means
+@triton.jit
+def forward_tile(
+    x,
+    attention,
+    partial,
+    n,
+    p,
     channels,
     pixels,
     x_n,
     x_stride,
+    ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    ALIGN: tl.constexpr,
-    C_ALIGN: tl.constexpr,
-    P_ALIGN: tl.constexpr,
     X_INTERLEAVED: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    n = tl.program_id(1).to(tl.int64)
-    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    # Multiplying by a constant is how the compiler learns what divides a value, and thus how wide it may load.
-    x_n, x_stride = x_n // ALIGN * ALIGN, x_stride // ALIGN * ALIGN
-    channels, pixels = channels // C_ALIGN * C_ALIGN, pixels // P_ALIGN * P_ALIGN
+    x_n, x_stride = aligned(x_n, ALIGN), aligned(x_stride, ALIGN)
+    if X_INTERLEAVED:
+        channels = aligned(channels, ALIGN)
+    else:
+        pixels = aligned(pixels, ALIGN)
     inside = p < pixels
     strength = tl.zeros([BLOCK_P], tl.float32)
     for start in range(0, channels, BLOCK_C):
@@ -57,33 +62,67 @@ def forward_kernel(
         at = feature_offsets(n, c, p, x_n, x_stride, X_INTERLEAVED)
         value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
         strength += tl.sum(tl.abs(value), 0)
-        to = (n * tl.num_programs(0) + tile) * channels + c
-        tl.store(partials + to, tl.sum(value, 1) / pixels, mask=c < channels)
+        tl.store(partial + c, tl.sum(value, 1) / pixels, mask=c < channels)
     tl.store(attention + n * pixels + p, strength / channels, mask=inside)
 
 
-@triton.jit(do_not_specialize=_COMMON)
-def backward_kernel(
-    x,  # [N, C, P]
-    grad_attention,  # [N, P]
-    grad_mean,  # [N, C]
-    grad_x,  # [N, C, P], laid out like x
+@triton.jit(do_not_specialize=["levels", "x_strides", "row_size"])
+def forward_kernel(
+    x,  # tuple: [N, C, P]
+    attention,  # tuple: [N, P]
+    partials,  # [N * tiles, row_size] channel means
+    levels,
+    x_strides,
+    row_size,
+    BLOCK_C: tl.constexpr,
+    NARROW_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    X_INTERLEAVED: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    n = tl.program_id(1).to(tl.int64)
+    level = level_of(tile, levels)
+    for narrow in tl.static_range(2):
+        if pick(levels.wide, level) != narrow:
+            forward_tile(
+                pick(x, level),
+                pick(attention, level),
+                partials + partial_row(tile, n, level, levels) * row_size,
+                n,
+                (tile - pick(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
+                pick(levels.channels, level),
+                pick(levels.pixels, level),
+                pick(x_strides.image, level),
+                pick(x_strides.rest, level),
+                1 if narrow else WIDE,
+                NARROW_C if narrow else BLOCK_C,
+                BLOCK_P,
+                X_INTERLEAVED,
+            )
+
+
+@triton.jit
+def backward_tile(
+    x,
+    grad_attention,
+    grad_mean,
+    grad_x,
+    n,
+    p,
     channels,
     pixels,
     x_n,
     x_stride,
+    ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    ALIGN: tl.constexpr,
-    C_ALIGN: tl.constexpr,
-    P_ALIGN: tl.constexpr,
     X_INTERLEAVED: tl.constexpr,
 ):
-    n = tl.program_id(1).to(tl.int64)
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    # Multiplying by a constant is how the compiler learns what divides a value, and thus how wide it may load.
-    x_n, x_stride = x_n // ALIGN * ALIGN, x_stride // ALIGN * ALIGN
-    channels, pixels = channels // C_ALIGN * C_ALIGN, pixels // P_ALIGN * P_ALIGN
+    x_n, x_stride = aligned(x_n, ALIGN), aligned(x_stride, ALIGN)
+    if X_INTERLEAVED:
+        channels = aligned(channels, ALIGN)
+    else:
+        pixels = aligned(pixels, ALIGN)
     grad_n, grad_stride = channels.to(tl.int64) * pixels, pixels
     if X_INTERLEAVED:
         grad_stride = channels
@@ -101,51 +140,85 @@ def backward_kernel(
         tl.store(grad_x + at, gradient.to(grad_x.dtype.element_ty), mask=valid)
 
 
+@triton.jit(do_not_specialize=["levels", "x_strides"])
+def backward_kernel(
+    x,  # tuple: [N, C, P]
+    grad_attention,  # tuple: [N, P]
+    grad_mean,  # tuple: [N, C]
+    grad_x,  # tuple: [N, C, P], laid out like x
+    levels,
+    x_strides,
+    BLOCK_C: tl.constexpr,
+    NARROW_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    X_INTERLEAVED: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    n = tl.program_id(1).to(tl.int64)
+    level = level_of(tile, levels)
+    for narrow in tl.static_range(2):
+        if pick(levels.wide, level) != narrow:
+            backward_tile(
+                pick(x, level),
+                pick(grad_attention, level),
+                pick(grad_mean, level),
+                pick(grad_x, level),
+                n,
+                (tile - pick(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
+                pick(levels.channels, level),
+                pick(levels.pixels, level),
+                pick(x_strides.image, level),
+                pick(x_strides.rest, level),
+                1 if narrow else WIDE,
+                NARROW_C if narrow else BLOCK_C,
+                BLOCK_P,
+                X_INTERLEAVED,
+            )
+
+
 # ---- Launchers ---------------------------------------------------------------------------------
 
 
 def forward(x: Sequence[Tensor], attention: Sequence[Tensor], mean: Sequence[Tensor]) -> None:
-    for raw, to_attention, to_mean in zip(x, attention, mean, strict=True):
-        a = layout.dense_view(raw)
-        n, channels, pixels = a.shape
-        tiles, _ = grid = tile_grid(a, STREAM_P)
-        partials = new_partials(a, n * tiles, channels)
-        if raw.numel():
-            forward_kernel[grid](
-                a.tensor,
-                to_attention,
+    maps, n = [(layout.dense_view(level),) for level in x], x[0].shape[0]
+    for run in runs(maps):
+        levels, own = as_levels(maps[run], STREAM_P), [level[0] for level in maps[run]]
+        row_size = max(levels.channels)
+        partials = new_partials(levels, n, row_size, x[0])
+        if partials.numel():
+            forward_kernel[sum(levels.tiles), n](
+                pointers(own),
+                tuple(attention[run]),
                 partials,
-                channels,
-                pixels,
-                a.stride[0],
-                a.rest_stride,
+                levels,
+                strides_of(own),
+                row_size,
                 BLOCK_C=STREAM_C,
+                NARROW_C=NARROW_STREAM_C,
                 BLOCK_P=STREAM_P,
-                **alignment(a),
-                X_INTERLEAVED=a.interleaved,
+                X_INTERLEAVED=own[0].interleaved,
                 num_warps=STREAM_WARPS,
             )
-        reduce_tiles(partials, to_mean, n, tiles, 0, channels)
+        reduce_tiles(partials, mean[run], levels, levels.channels, n)
 
 
 def backward(
     x: Sequence[Tensor], grad_attention: Sequence[Tensor], grad_mean: Sequence[Tensor], out: Sequence[Tensor]
 ) -> None:
-    for raw, from_attention, from_mean, result in zip(x, grad_attention, grad_mean, out, strict=True):
-        a = layout.dense_view(raw)
-        if raw.numel():
-            backward_kernel[tile_grid(a, STREAM_P)](
-                a.tensor,
-                from_attention,
-                from_mean,
-                result,
-                a.shape[1],
-                a.shape[2],
-                a.stride[0],
-                a.rest_stride,
+    maps, n = [(layout.dense_view(level),) for level in x], x[0].shape[0]
+    for run in runs(maps):
+        levels, own = as_levels(maps[run], STREAM_P), [level[0] for level in maps[run]]
+        if n and sum(levels.tiles):
+            backward_kernel[sum(levels.tiles), n](
+                pointers(own),
+                tuple(grad_attention[run]),
+                tuple(grad_mean[run]),
+                tuple(out[run]),
+                levels,
+                strides_of(own),
                 BLOCK_C=STREAM_C,
+                NARROW_C=NARROW_STREAM_C,
                 BLOCK_P=STREAM_P,
-                **alignment(a),
-                X_INTERLEAVED=a.interleaved,
+                X_INTERLEAVED=own[0].interleaved,
                 num_warps=STREAM_WARPS,
             )

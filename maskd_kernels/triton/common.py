@@ -1,18 +1,76 @@
-"""What the Triton kernels and their launchers share: offsets, what divides strides, sums over tiles."""
+"""What the Triton kernels and their launchers share: levels of a pyramid, offsets, sums over tiles.
+
+One launch takes all levels of a pyramid: its grid is (tiles of all levels, images), and what belongs to a level is
+passed as a tuple with one entry per level, of which ``pick`` takes the program's own.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskd_kernels.ops import layout
+from maskd_kernels.ops.layout import Feature
 
 # Channels and pixels per step, and warps, of kernels that only stream: 128 bits of a tile or more for each thread.
 STREAM_C, STREAM_P, STREAM_WARPS = 16, 128, 4
+# Fewer channels where rows are not whole vectors: every element needs an address of its own, in registers.
+NARROW_STREAM_C = 4
+WIDE = tl.constexpr(8)  # elements of a 128-bit load of half types
+
+
+class Levels(NamedTuple):
+    """The levels of one launch, an entry per level in each field."""
+
+    first_tile: tuple[int, ...]
+    tiles: tuple[int, ...]  # of one image
+    channels: tuple[int, ...]
+    pixels: tuple[int, ...]
+    wide: tuple[int, ...]  # 1 where rows start and end on multiples of 8 elements: the kernels' ``ALIGN``
+
+
+class Strides(NamedTuple):
+    """Of one map on each level, in elements."""
+
+    image: tuple[int, ...]
+    rest: tuple[int, ...]  # of the axis that is not dense
+
+
+@triton.jit
+def pick(values, level):
+    """The entry of this level."""
+    result = values[0]
+    for i in tl.static_range(1, len(values)):
+        result = tl.where(level == i, values[i], result)
+    return result
+
+
+@triton.jit
+def level_of(tile, levels):
+    """The level that this tile of the grid belongs to."""
+    level = 0
+    for i in tl.static_range(1, len(levels.first_tile)):
+        level += (tile >= levels.first_tile[i]).to(tl.int32)
+    return level
+
+
+@triton.jit
+def partial_row(tile, n, level, levels):
+    """Where this program puts its partial sums: rows of one level, then of one image, lie together."""
+    first = pick(levels.first_tile, level)
+    return n * pick(levels.tiles, level) + (tl.num_programs(1) - 1) * first + tile
+
+
+@triton.jit
+def aligned(value, ALIGN: tl.constexpr):
+    """The same value, which is a multiple of ALIGN: thus the compiler learns how wide it may load."""
+    return value // ALIGN * ALIGN
 
 
 @triton.jit
@@ -23,47 +81,110 @@ def feature_offsets(n, c, p, stride_n, stride, INTERLEAVED: tl.constexpr):
     return n * stride_n + c[:, None].to(tl.int64) * stride + p[None, :]
 
 
-@triton.jit(do_not_specialize=["rows", "row_size", "width", "begin", "out_n", "out_set"])
-def reduce_kernel(partials, out, rows, row_size, begin, width, out_n, out_set, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """out[n, set, :width] = sum of n's ``rows`` partial rows, columns ``begin + set * width`` on, in a fixed order."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    n = tl.program_id(1).to(tl.int64)
-    which = tl.program_id(2)
+@triton.jit
+def sum_rows(partials, row, rows, row_size, column, valid, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK] sums over ``rows`` rows from ``row`` on, in a fixed order."""
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, rows, ROWS):
-        row = start + tl.arange(0, ROWS)
-        at = (n * rows + row[:, None]) * row_size + begin + which * width + i[None, :]
-        total += tl.load(partials + at, mask=(row < rows)[:, None] & (i < width)[None, :], other=0.0)
-    tl.store(out + n * out_n + which * out_set + i, tl.sum(total, 0), mask=i < width)
+        r = start + tl.arange(0, ROWS)
+        at = (row + r[:, None]).to(tl.int64) * row_size + column[None, :]
+        total += tl.load(partials + at, mask=(r < rows)[:, None] & valid[None, :], other=0.0)
+    return tl.sum(total, 0)
 
 
-def reduce_tiles(partials: Tensor, out: Tensor, images: int, rows: int, begin: int, width: int, sets: int = 1) -> None:
-    """out [images, (sets,) width] = partials [images * rows, ...] summed over the rows of each image."""
-    if width and images:
-        block = min(64, triton.next_power_of_2(width))
-        grid = (triton.cdiv(width, block), images, sets)
-        strides = (out.stride(0), out.stride(1) if sets > 1 else 0)
-        reduce_kernel[grid](
-            partials, out, rows, partials.shape[1], begin, width, *strides, ROWS=2048 // block, BLOCK=block, num_warps=4
-        )
+@triton.jit(do_not_specialize=["levels", "widths", "images", "row_size"])
+def reduce_kernel(
+    partials,  # [images * tiles of all levels, row_size]
+    out,  # tuple: [images or 1, width]
+    levels,
+    widths,  # tuple
+    images,  # that are added up
+    row_size,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sums over the tiles of each image where ``images`` is 1, of all images where it is their number."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.program_id(1)
+    level = tl.program_id(2)
+    tiles, width = pick(levels.tiles, level), pick(widths, level)
+    row = tl.num_programs(1) * images * pick(levels.first_tile, level) + n * tiles
+    total = sum_rows(partials, row, tiles * images, row_size, i, i < width, ROWS, BLOCK)
+    tl.store(pick(out, level) + n * width + i, total, mask=i < width)
 
 
-def tile_grid(feature: layout.Feature, block: int) -> tuple[int, int]:
-    """Tiles of ``block`` pixels, images."""
-    n, _, pixels = feature.shape
-    return triton.cdiv(pixels, block), n
+# ---- Launchers ---------------------------------------------------------------------------------
 
 
-def alignment(*features: layout.Feature) -> dict[str, int]:
-    """Powers of two, up to the 8 elements of a 128-bit load, that divide row starts and row lengths."""
-    _, channels, pixels = features[0].shape
-    return {
-        "ALIGN": math.gcd(8, *(f.stride[0] for f in features), *(f.rest_stride for f in features)),
-        "C_ALIGN": math.gcd(8, channels),
-        "P_ALIGN": math.gcd(8, pixels),
-    }
+def runs(levels: Sequence[Sequence[Feature]]) -> Iterator[slice]:
+    """Consecutive levels whose maps have the same dtypes and layouts: what one launch can handle. Mostly all."""
+    start = 0
+    for _, group in groupby(levels, lambda maps: [(m.tensor.dtype, m.interleaved) for m in maps]):
+        stop = start + len(list(group))
+        yield slice(start, stop)
+        start = stop
 
 
-def new_partials(feature: layout.Feature, rows: int, width: int) -> Tensor:
-    """Memory for one row of partial sums per tile."""
-    return feature.tensor.new_empty(rows, width, dtype=torch.float32)
+def as_levels(maps: Sequence[Sequence[Feature]], block: int) -> Levels:
+    """Levels in tiles of ``block`` pixels; the first map of each gives the size, all of them what divides it."""
+    sizes = [level[0].shape for level in maps]
+    tiles = [triton.cdiv(pixels, block) for _, _, pixels in sizes]
+    wide = []
+    for level in maps:
+        strides = [s for m in level for s in (m.stride[0], m.rest_stride)]
+        dense = [m.shape[1 if m.interleaved else 2] for m in level]
+        wide.append(int(math.gcd(WIDE.value, *strides, *dense) == WIDE.value))
+    return Levels(
+        first_tile=offsets(tiles),
+        tiles=tuple(tiles),
+        channels=tuple(channels for _, channels, _ in sizes),
+        pixels=tuple(pixels for _, _, pixels in sizes),
+        wide=tuple(wide),
+    )
+
+
+def offsets(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Where each level begins along an axis that all levels share."""
+    return tuple(sum(sizes[:i]) for i in range(len(sizes)))
+
+
+def strides_of(maps: Sequence[Feature]) -> Strides:
+    """Strides of one map on all levels."""
+    return Strides(tuple(m.stride[0] for m in maps), tuple(m.rest_stride for m in maps))
+
+
+def pointers(maps: Sequence[Feature]) -> tuple[Tensor, ...]:
+    """The memory of one map on all levels."""
+    return tuple(m.tensor for m in maps)
+
+
+def new_partials(levels: Levels, images: int, row_size: int, like: Tensor) -> Tensor:
+    """Memory for one row of partial sums per tile and image."""
+    return like.new_empty(images * sum(levels.tiles), row_size, dtype=torch.float32)
+
+
+def reduce_shape(width: int) -> tuple[int, int]:
+    """Columns per program, and rows per step."""
+    block = min(64, triton.next_power_of_2(max(width, 1)))
+    return block, 2048 // block
+
+
+def reduce_tiles(
+    partials: Tensor, out: Sequence[Tensor], levels: Levels, widths: Sequence[int], images: int, per_image: bool = True
+) -> None:
+    """Per level, out [images, width] (or [width]: all images together) = partial rows summed."""
+    block, rows = reduce_shape(max(widths))
+    grid = (triton.cdiv(max(widths), block), images if per_image else 1, len(out))
+    if 0 in grid:
+        return
+    reduce_kernel[grid](
+        partials,
+        tuple(out),
+        levels,
+        tuple(widths),
+        1 if per_image else images,
+        partials.shape[1],
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=4,
+    )

@@ -1,11 +1,11 @@
 """Triton kernels of ``receptive_stats``.
 
 Forward equation, gradients and traffic: csrc/receptive_stats.h and reference.py. One program takes a tile
-of ``BLOCK_P`` pixels of one image and walks its channels ``BLOCK_C`` at a time; tokens are padded to the 16
-rows that ``tl.dot`` wants. Everything accumulates in float32, and products keep float32's accuracy on tensor
+of ``BLOCK_P`` pixels of one image on one level and walks its channels ``BLOCK_C`` at a time; tokens are padded to
+the 16 rows that ``tl.dot`` wants. Everything accumulates in float32, and products keep float32's accuracy on tensor
 cores by three TF32 products each (``tf32x3``); plain TF32 is never used. Each program writes its own partial
 sums and a second kernel adds them in a fixed order, so that results are bitwise repeatable. Offsets are
-64-bit. No autotuning: nothing recompiles when image sizes change, but for what divides them (``*_ALIGN``).
+64-bit. No autotuning, and nothing recompiles when image sizes change.
 """
 
 from __future__ import annotations
@@ -17,24 +17,35 @@ import triton.language as tl
 from torch import Tensor
 
 from maskd_kernels.ops import layout
+from maskd_kernels.ops.layout import Feature
 from maskd_kernels.reference import TAPS, ReceptiveStats
 from maskd_kernels.triton.common import (
+    NARROW_STREAM_C,
     STREAM_C,
     STREAM_P,
     STREAM_WARPS,
-    alignment,
+    WIDE,
+    aligned,
+    as_levels,
     feature_offsets,
+    level_of,
     new_partials,
+    offsets,
+    partial_row,
+    pick,
+    pointers,
+    reduce_shape,
     reduce_tiles,
-    tile_grid,
+    runs,
+    strides_of,
+    sum_rows,
 )
 
 BLOCK_C = 32
+NARROW_C = 16  # of levels whose rows are not whole vectors: every element has an address of its own
 BLOCK_P = 64
 NUM_WARPS = 4
 PRECISION = tl.constexpr("tf32x3")
-_SIZES = ["channels", "pixels", "width", "total_pixels", "total_channels"]
-_STRIDES = ["teacher_n", "teacher_stride", "student_n", "student_stride"]
 
 
 @triton.jit
@@ -50,52 +61,53 @@ def tap_windows(p, pixels, width, ROWS: tl.constexpr):
     return read.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["channels", "pixels", "width", "total_pixels", "pixel_offset", *_STRIDES])
-def forward_kernel(
-    teacher,  # [N, C, P]
-    student,  # [N, C, P]
-    tokens,  # [K, C]
-    customize,  # [] bool
-    masks,  # [N, K, total P]
-    teacher_masks,  # [N, K, total P]
-    distance,  # [N, total P]
-    partials,  # [N * tiles, 2K + K*K]: mass, error, gram
-    sums,  # [N * tiles, 9, C]
+@triton.jit
+def forward_tile(
+    teacher,
+    student,
+    tokens,
+    customize,
+    masks,
+    teacher_masks,
+    distance,
+    partials,
+    n,
+    row,
+    p,
     channels,
     pixels,
     width,
     total_pixels,
     pixel_offset,
+    row_size,
     teacher_n,
     teacher_stride,
     student_n,
     student_stride,
+    ALIGN: tl.constexpr,
     K: tl.constexpr,
     K_PAD: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    ALIGN: tl.constexpr,
-    C_ALIGN: tl.constexpr,
-    P_ALIGN: tl.constexpr,
     TEACHER_INTERLEAVED: tl.constexpr,
     STUDENT_INTERLEAVED: tl.constexpr,
     HAS_STUDENT: tl.constexpr,
     CUSTOMIZE: tl.constexpr,
     SUMS: tl.constexpr,
+    SUMS_AT: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    n = tl.program_id(1).to(tl.int64)
-    task = n * tl.num_programs(0) + tile
-    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     k = tl.arange(0, K_PAD)
-    # Multiplying by a constant is how the compiler learns what divides a value, and thus how wide it may load.
-    teacher_n, teacher_stride = teacher_n // ALIGN * ALIGN, teacher_stride // ALIGN * ALIGN
-    student_n, student_stride = student_n // ALIGN * ALIGN, student_stride // ALIGN * ALIGN
-    channels, pixels = channels // C_ALIGN * C_ALIGN, pixels // P_ALIGN * P_ALIGN
+    teacher_n, teacher_stride = aligned(teacher_n, ALIGN), aligned(teacher_stride, ALIGN)
+    student_n, student_stride = aligned(student_n, ALIGN), aligned(student_stride, ALIGN)
+    if TEACHER_INTERLEAVED or STUDENT_INTERLEAVED:
+        channels = aligned(channels, ALIGN)
+    if not (TEACHER_INTERLEAVED and STUDENT_INTERLEAVED):
+        pixels = aligned(pixels, ALIGN)
     inside = p < pixels
     logits = tl.zeros([K_PAD, BLOCK_P], tl.float32)
     student_logits = tl.zeros([K_PAD, BLOCK_P], tl.float32)
     d = tl.zeros([BLOCK_P], tl.float32)
+    partial = partials + row * row_size
     if SUMS:
         windows = tap_windows(p, pixels, width, 16)
 
@@ -117,8 +129,8 @@ def forward_kernel(
         if SUMS:
             sums_c = tl.dot(windows, tl.trans(t), input_precision=PRECISION)  # [16, BLOCK_C]
             r = tl.arange(0, 16)
-            to = (task * 9 + r[:, None]) * channels + c[None, :]
-            tl.store(sums + to, sums_c, mask=(r < 9)[:, None] & (c < channels)[None, :])
+            to = SUMS_AT + r[:, None] * channels + c[None, :]
+            tl.store(partial + to, sums_c, mask=(r < 9)[:, None] & (c < channels)[None, :])
 
     column = pixel_offset + p
     if HAS_STUDENT:
@@ -131,7 +143,6 @@ def forward_kernel(
             tl.store(teacher_masks + mask_at, m, mask=real)
             m = tl.where(tl.load(customize) != 0, m * tl.sigmoid(student_logits), m)
         tl.store(masks + mask_at, m, mask=real)
-        partial = partials + task * (2 * K + K * K)
         tl.store(partial + k, tl.sum(m, 1), mask=k < K)
         if HAS_STUDENT:
             tl.store(partial + K + k, tl.sum(m * m * d[None, :], 1), mask=k < K)
@@ -139,41 +150,153 @@ def forward_kernel(
         tl.store(partial + 2 * K + k[:, None] * K + k[None, :], gram, mask=(k < K)[:, None] & (k < K)[None, :])
 
 
-@triton.jit(do_not_specialize=[*_SIZES, *_STRIDES, "pixel_offset", "channel_offset"])
-def backward_kernel(
-    teacher,  # [N, C, P]
-    student,  # [N, C, P]
-    tokens,  # [K, C]
+@triton.jit(
+    do_not_specialize=[
+        "levels", "widths", "pixel_offsets", "total_pixels", "row_size", "teacher_strides", "student_strides"
+    ]
+)  # fmt: skip
+def forward_kernel(
+    teacher,  # tuple: [N, C, P]
+    student,  # tuple: [N, C, P]
+    tokens,  # tuple: [K, C]
+    customize,  # [] bool
     masks,  # [N, K, total P]
     teacher_masks,  # [N, K, total P]
     distance,  # [N, total P]
-    grad_masks,  # [N, K, total P]
-    grad_distance,  # [N, total P]
-    grad_mass,  # [N, K] of this level
-    grad_error,  # [N, K] of this level
-    grad_gram,  # [N, K, K] of this level
-    grad_sums,  # [N, 9, total C]
-    grad_teacher,  # [N, C, P], laid out like the student where there is one
-    grad_student,  # [N, C, P]
-    partials,  # [N * tiles, K, C] token gradients
+    partials,  # [N * tiles, row_size]: mass, error, gram, and from SUMS_AT on [9, C]
+    levels,
+    widths,
+    pixel_offsets,
+    total_pixels,
+    row_size,
+    teacher_strides,
+    student_strides,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    NARROW_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    TEACHER_INTERLEAVED: tl.constexpr,
+    STUDENT_INTERLEAVED: tl.constexpr,
+    HAS_STUDENT: tl.constexpr,
+    CUSTOMIZE: tl.constexpr,
+    SUMS: tl.constexpr,
+    SUMS_AT: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    n = tl.program_id(1).to(tl.int64)
+    level = level_of(tile, levels)
+    for narrow in tl.static_range(2):
+        if pick(levels.wide, level) != narrow:
+            forward_tile(
+                pick(teacher, level),
+                pick(student, level),
+                pick(tokens, level),
+                customize,
+                masks,
+                teacher_masks,
+                distance,
+                partials,
+                n,
+                partial_row(tile, n, level, levels),
+                (tile - pick(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
+                pick(levels.channels, level),
+                pick(levels.pixels, level),
+                pick(widths, level),
+                total_pixels,
+                pick(pixel_offsets, level),
+                row_size,
+                pick(teacher_strides.image, level),
+                pick(teacher_strides.rest, level),
+                pick(student_strides.image, level),
+                pick(student_strides.rest, level),
+                1 if narrow else WIDE,
+                K,
+                K_PAD,
+                NARROW_C if narrow else BLOCK_C,
+                BLOCK_P,
+                TEACHER_INTERLEAVED,
+                STUDENT_INTERLEAVED,
+                HAS_STUDENT,
+                CUSTOMIZE,
+                SUMS,
+                SUMS_AT,
+            )
+
+
+@triton.jit(do_not_specialize=["levels", "channel_offsets", "total_channels", "row_size"])
+def reduce_stats_kernel(
+    partials,  # [N * tiles, row_size] of forward_kernel
+    mass,  # [levels, N, K]
+    error,  # [levels, N, K]
+    gram,  # [levels, N, K, K]
+    sums,  # [N, 9, total C]
+    levels,
+    channel_offsets,
+    total_channels,
+    row_size,
+    K: tl.constexpr,
+    HAS_STUDENT: tl.constexpr,
+    SUMS: tl.constexpr,
+    SUMS_AT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.program_id(1)
+    level = tl.program_id(2)
+    tiles = pick(levels.tiles, level)
+    row = tl.num_programs(1) * pick(levels.first_tile, level) + n * tiles
+    total = sum_rows(partials, row, tiles, row_size, i, i < row_size, ROWS, BLOCK)
+    at = level * tl.num_programs(1) + n
+    if K > 0:
+        tl.store(mass + at * K + i, total, mask=i < K)
+        if HAS_STUDENT:
+            tl.store(error + at * K + (i - K), total, mask=(i >= K) & (i < 2 * K))
+        tl.store(gram + at * (K * K) + (i - 2 * K), total, mask=(i >= 2 * K) & (i < 2 * K + K * K))
+    if SUMS:
+        channels = pick(levels.channels, level)
+        j = i - SUMS_AT
+        to = (n * 9 + j // channels) * total_channels + pick(channel_offsets, level) + j % channels
+        tl.store(sums + to, total, mask=(j >= 0) & (j < 9 * channels))
+
+
+@triton.jit
+def backward_tile(
+    teacher,
+    student,
+    tokens,
+    masks,
+    teacher_masks,
+    distance,
+    grad_masks,
+    grad_distance,
+    grad_mass,
+    grad_error,
+    grad_gram,
+    grad_sums,
+    grad_teacher,
+    grad_student,
+    partial,
+    n,
+    at_level,
+    p,
     channels,
     pixels,
     width,
     total_pixels,
-    total_channels,
     pixel_offset,
+    total_channels,
     channel_offset,
     teacher_n,
     teacher_stride,
     student_n,
     student_stride,
+    ALIGN: tl.constexpr,
     K: tl.constexpr,
     K_PAD: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    ALIGN: tl.constexpr,
-    C_ALIGN: tl.constexpr,
-    P_ALIGN: tl.constexpr,
     TEACHER_INTERLEAVED: tl.constexpr,
     STUDENT_INTERLEAVED: tl.constexpr,
     GRAD_INTERLEAVED: tl.constexpr,
@@ -189,15 +312,13 @@ def backward_kernel(
     WANT_TOKENS: tl.constexpr,
     WANT_STUDENT: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    n = tl.program_id(1).to(tl.int64)
-    task = n * tl.num_programs(0) + tile
-    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     k = tl.arange(0, K_PAD)
-    # Multiplying by a constant is how the compiler learns what divides a value, and thus how wide it may load.
-    teacher_n, teacher_stride = teacher_n // ALIGN * ALIGN, teacher_stride // ALIGN * ALIGN
-    student_n, student_stride = student_n // ALIGN * ALIGN, student_stride // ALIGN * ALIGN
-    channels, pixels = channels // C_ALIGN * C_ALIGN, pixels // P_ALIGN * P_ALIGN
+    teacher_n, teacher_stride = aligned(teacher_n, ALIGN), aligned(teacher_stride, ALIGN)
+    student_n, student_stride = aligned(student_n, ALIGN), aligned(student_stride, ALIGN)
+    if TEACHER_INTERLEAVED or STUDENT_INTERLEAVED:
+        channels = aligned(channels, ALIGN)
+    if not (TEACHER_INTERLEAVED and STUDENT_INTERLEAVED):
+        pixels = aligned(pixels, ALIGN)
     grad_n, grad_stride = channels.to(tl.int64) * pixels, pixels
     if GRAD_INTERLEAVED:
         grad_stride = channels
@@ -211,19 +332,19 @@ def backward_kernel(
         mask_at = (n * K + k[:, None]) * total_pixels + column[None, :]
         m = tl.load(masks + mask_at, mask=real, other=0.0)  # [K_PAD, BLOCK_P]
         if HAS_ERROR:
-            g_error = tl.load(grad_error + n * K + k, mask=k < K, other=0.0)
+            g_error = tl.load(grad_error + at_level * K + k, mask=k < K, other=0.0)
             coefficient += tl.sum(g_error[:, None] * m * m, 0)
         if WANT_TOKENS or WANT_TEACHER:
             inner = tl.zeros([K_PAD, BLOCK_P], tl.float32)
             if HAS_MASS:
-                inner += tl.load(grad_mass + n * K + k, mask=k < K, other=0.0)[:, None]
+                inner += tl.load(grad_mass + at_level * K + k, mask=k < K, other=0.0)[:, None]
             if HAS_ERROR:
                 d = tl.load(distance + n * total_pixels + column, mask=inside, other=0.0)
                 inner += 2 * g_error[:, None] * m * d[None, :]
             if HAS_GRAM:
                 both = (k < K)[:, None] & (k < K)[None, :]
-                gram = tl.load(grad_gram + n * K * K + k[:, None] * K + k[None, :], mask=both, other=0.0)
-                gram += tl.load(grad_gram + n * K * K + k[None, :] * K + k[:, None], mask=both, other=0.0)
+                gram = tl.load(grad_gram + at_level * K * K + k[:, None] * K + k[None, :], mask=both, other=0.0)
+                gram += tl.load(grad_gram + at_level * K * K + k[None, :] * K + k[:, None], mask=both, other=0.0)
                 inner = tl.dot(gram, m, inner, input_precision=PRECISION)
             if HAS_MASKS:
                 inner += tl.load(grad_masks + mask_at, mask=real, other=0.0)
@@ -251,8 +372,8 @@ def backward_kernel(
                 tl.store(grad_student + grad_at, d_student.to(grad_student.dtype.element_ty), mask=valid)
         if WANT_TOKENS:
             d_tokens = tl.dot(d_logits, tl.trans(t), input_precision=PRECISION)  # [K_PAD, BLOCK_C]
-            to = (task * K + k[:, None]) * channels + c[None, :]
-            tl.store(partials + to, d_tokens, mask=(k < K)[:, None] & (c < channels)[None, :])
+            to = k[:, None] * channels + c[None, :]
+            tl.store(partial + to, d_tokens, mask=(k < K)[:, None] & (c < channels)[None, :])
         if WANT_TEACHER:
             if K > 0:
                 e_at = k[None, :] * channels + c[:, None]
@@ -266,36 +387,147 @@ def backward_kernel(
             tl.store(grad_teacher + grad_at, d_teacher.to(grad_teacher.dtype.element_ty), mask=valid)
 
 
+@triton.jit(
+    do_not_specialize=[
+        "levels", "widths", "pixel_offsets", "total_pixels", "channel_offsets", "total_channels", "row_size",
+        "teacher_strides", "student_strides",
+    ]
+)  # fmt: skip
+def backward_kernel(
+    teacher,  # tuple: [N, C, P]
+    student,  # tuple: [N, C, P]
+    tokens,  # tuple: [K, C]
+    masks,  # [N, K, total P]
+    teacher_masks,  # [N, K, total P]
+    distance,  # [N, total P]
+    grad_masks,  # [N, K, total P]
+    grad_distance,  # [N, total P]
+    grad_mass,  # [levels, N, K]
+    grad_error,  # [levels, N, K]
+    grad_gram,  # [levels, N, K, K]
+    grad_sums,  # [N, 9, total C]
+    grad_teacher,  # tuple: [N, C, P], laid out like the student where there is one
+    grad_student,  # tuple: [N, C, P]
+    partials,  # [N * tiles, row_size] token gradients, [K, C] in each row
+    levels,
+    widths,
+    pixel_offsets,
+    total_pixels,
+    channel_offsets,
+    total_channels,
+    row_size,
+    teacher_strides,
+    student_strides,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    NARROW_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    TEACHER_INTERLEAVED: tl.constexpr,
+    STUDENT_INTERLEAVED: tl.constexpr,
+    GRAD_INTERLEAVED: tl.constexpr,
+    HAS_STUDENT: tl.constexpr,
+    CUSTOMIZE: tl.constexpr,
+    HAS_MASKS: tl.constexpr,
+    HAS_DISTANCE: tl.constexpr,
+    HAS_MASS: tl.constexpr,
+    HAS_ERROR: tl.constexpr,
+    HAS_GRAM: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    WANT_TEACHER: tl.constexpr,
+    WANT_TOKENS: tl.constexpr,
+    WANT_STUDENT: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    n = tl.program_id(1).to(tl.int64)
+    level = level_of(tile, levels)
+    for narrow in tl.static_range(2):
+        if pick(levels.wide, level) != narrow:
+            backward_tile(
+                pick(teacher, level),
+                pick(student, level),
+                pick(tokens, level),
+                masks,
+                teacher_masks,
+                distance,
+                grad_masks,
+                grad_distance,
+                grad_mass,
+                grad_error,
+                grad_gram,
+                grad_sums,
+                pick(grad_teacher, level),
+                pick(grad_student, level),
+                partials + partial_row(tile, n, level, levels) * row_size,
+                n,
+                level * tl.num_programs(1) + n,
+                (tile - pick(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
+                pick(levels.channels, level),
+                pick(levels.pixels, level),
+                pick(widths, level),
+                total_pixels,
+                pick(pixel_offsets, level),
+                total_channels,
+                pick(channel_offsets, level),
+                pick(teacher_strides.image, level),
+                pick(teacher_strides.rest, level),
+                pick(student_strides.image, level),
+                pick(student_strides.rest, level),
+                1 if narrow else WIDE,
+                K,
+                K_PAD,
+                NARROW_C if narrow else BLOCK_C,
+                BLOCK_P,
+                TEACHER_INTERLEAVED,
+                STUDENT_INTERLEAVED,
+                GRAD_INTERLEAVED,
+                HAS_STUDENT,
+                CUSTOMIZE,
+                HAS_MASKS,
+                HAS_DISTANCE,
+                HAS_MASS,
+                HAS_ERROR,
+                HAS_GRAM,
+                HAS_SUMS,
+                WANT_TEACHER,
+                WANT_TOKENS,
+                WANT_STUDENT,
+            )
+
+
 # ---- Launchers ---------------------------------------------------------------------------------
 
 
-def backward_tile(wants_logits: bool, element_size: int) -> tuple[int, int, int]:
-    """Channels and pixels per step, and warps: no register spills, and 128 bits of a tile or more for each thread."""
+def backward_blocks(wants_logits: bool, element_size: int) -> tuple[int, int, int, int]:
+    """Channels per step, wide and narrow, pixels, and warps: no register spills, and 128 bits or more per thread."""
     if not wants_logits:
-        return STREAM_C, STREAM_P, STREAM_WARPS
-    return BLOCK_C, BLOCK_P, 2 * NUM_WARPS if element_size == 4 else NUM_WARPS
+        return STREAM_C, NARROW_STREAM_C, STREAM_P, STREAM_WARPS
+    return BLOCK_C, NARROW_C, BLOCK_P, 2 * NUM_WARPS if element_size == 4 else NUM_WARPS
 
 
-def _pad_tokens(num_tokens: int) -> int:
+def pad_tokens(num_tokens: int) -> int:
+    """Rows of the tiles that hold tokens: tl.dot's 16 at least."""
     return max(16, triton.next_power_of_2(num_tokens))
 
 
-def _feature_arguments(t: layout.Feature, s: layout.Feature | None) -> tuple[dict[str, int], dict[str, int | bool]]:
-    """Strides, and what is constant at compile time, of the two features. Their layouts may differ."""
-    other = s if s is not None else t
-    strides = {
-        "teacher_n": t.stride[0],
-        "teacher_stride": t.rest_stride,
-        "student_n": other.stride[0],
-        "student_stride": other.rest_stride,
+def _dense(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> list[tuple[Feature, ...]]:
+    """Per level its teacher, and its student where there is one. Their layouts may differ."""
+    levels = zip(teacher, student, strict=True) if student else zip(teacher, strict=True)
+    return [tuple(layout.dense_view(x) for x in level) for level in levels]
+
+
+def _features(maps: Sequence[tuple[Feature, ...]]) -> dict[str, object]:
+    """The arguments that both kernels take of the two maps."""
+    t, s = [level[0] for level in maps], [level[-1] for level in maps]
+    return {
+        "teacher": pointers(t),
+        "student": pointers(s),
+        "teacher_strides": strides_of(t),
+        "student_strides": strides_of(s),
+        "TEACHER_INTERLEAVED": t[0].interleaved,
+        "STUDENT_INTERLEAVED": s[0].interleaved,
+        "HAS_STUDENT": len(maps[0]) > 1,
     }
-    constants = {
-        **alignment(t, other),
-        "TEACHER_INTERLEAVED": t.interleaved,
-        "STUDENT_INTERLEAVED": other.interleaved,
-        "HAS_STUDENT": s is not None,
-    }
-    return strides, constants
 
 
 def forward(
@@ -305,51 +537,61 @@ def forward(
     customize: Tensor | None,
     out: ReceptiveStats,
 ) -> None:
-    num_tokens = tokens[0].shape[0] if tokens else 0
-    pixel_offset = channel_offset = 0
-    for level, raw in enumerate(teacher):
-        t = layout.dense_view(raw)
-        s = layout.dense_view(student[level]) if student else None
-        n, channels, pixels = t.shape
-        tiles, _ = grid = tile_grid(t, BLOCK_P)
-        partials = new_partials(t, n * tiles, 2 * num_tokens + num_tokens**2)
-        sums = new_partials(t, n * tiles, TAPS * channels if out.sums.numel() else 0)
-        strides, constants = _feature_arguments(t, s)
-        if n * tiles:
-            forward_kernel[grid](
-                t.tensor,
-                t.tensor if s is None else s.tensor,
-                tokens[level].contiguous() if tokens else out.mass,
-                out.mass if customize is None else customize,
-                out.masks,
-                out.teacher_masks,
-                out.distance,
-                partials,
-                sums,
-                channels,
-                pixels,
-                raw.shape[3] if raw.dim() == 4 else 0,
-                out.masks.shape[2],
-                pixel_offset,
-                **strides,
-                **constants,
-                K=num_tokens,
-                K_PAD=_pad_tokens(num_tokens),
+    maps, n = _dense(teacher, student), teacher[0].shape[0]
+    k, wants_sums = tokens[0].shape[0] if tokens else 0, out.sums.numel() > 0
+    widths = tuple(x.shape[3] if x.dim() == 4 else 0 for x in teacher)
+    pixel_offsets = offsets([level[0].shape[2] for level in maps])
+    channel_offsets = offsets([level[0].shape[1] for level in maps])
+    # The sums start on a multiple of 16 elements.
+    sums_at = triton.cdiv(2 * k + k * k, 16) * 16
+    for run in runs(maps):
+        levels = as_levels(maps[run], BLOCK_P)
+        row_size = sums_at + (TAPS * max(levels.channels) if wants_sums else 0)
+        partials = new_partials(levels, n, row_size, teacher[0])
+        if n and sum(levels.tiles):
+            forward_kernel[sum(levels.tiles), n](
+                tokens=tuple(e.contiguous() for e in tokens[run]) if tokens else pointers([x[0] for x in maps[run]]),
+                customize=out.mass if customize is None else customize,
+                masks=out.masks,
+                teacher_masks=out.teacher_masks,
+                distance=out.distance,
+                partials=partials,
+                levels=levels,
+                widths=widths[run],
+                pixel_offsets=pixel_offsets[run],
+                total_pixels=out.masks.shape[2],
+                row_size=row_size,
+                **_features(maps[run]),
+                K=k,
+                K_PAD=pad_tokens(k),
                 BLOCK_C=BLOCK_C,
+                NARROW_C=NARROW_C,
                 BLOCK_P=BLOCK_P,
-                CUSTOMIZE=customize is not None and num_tokens > 0 and s is not None,
-                SUMS=out.sums.numel() > 0,
+                CUSTOMIZE=customize is not None and k > 0 and len(student) > 0,
+                SUMS=wants_sums,
+                SUMS_AT=sums_at,
                 num_warps=NUM_WARPS,
             )
-        k = num_tokens
-        reduce_tiles(partials, out.mass[level], n, tiles, 0, k)
-        if s is not None:
-            reduce_tiles(partials, out.error[level], n, tiles, k, k)
-        reduce_tiles(partials, out.gram[level], n, tiles, 2 * k, k * k)
-        if out.sums.numel():
-            reduce_tiles(sums, out.sums[:, :, channel_offset:], n, tiles, 0, channels, TAPS)
-        pixel_offset += pixels
-        channel_offset += channels
+        if n and row_size:
+            block, rows = reduce_shape(row_size)
+            reduce_stats_kernel[triton.cdiv(row_size, block), n, len(levels.tiles)](
+                partials,
+                out.mass[run],
+                out.error[run] if student else out.mass,
+                out.gram[run],
+                out.sums,
+                levels,
+                channel_offsets[run],
+                sum(x.shape[1] for x in teacher),
+                row_size,
+                K=k,
+                HAS_STUDENT=len(student) > 0,
+                SUMS=wants_sums,
+                SUMS_AT=sums_at,
+                ROWS=rows,
+                BLOCK=block,
+                num_warps=4,
+            )
 
 
 def backward(
@@ -362,53 +604,55 @@ def backward(
 ) -> None:
     grad_masks, _, grad_distance, grad_mass, grad_error, grad_gram, grad_sums = grad
     grad_teacher, grad_tokens, grad_student = results
-    num_tokens = tokens[0].shape[0] if tokens else 0
-    nothing = saved.masks
-    pixel_offset = channel_offset = 0
-    for level, raw in enumerate(teacher):
-        t = layout.dense_view(raw)
-        s = layout.dense_view(student[level]) if student else None
-        n, channels, pixels = t.shape
-        block_c, block_p, warps = backward_tile(bool(grad_teacher or grad_tokens), raw.element_size())
-        tiles, _ = grid = tile_grid(t, block_p)
-        partials = new_partials(t, n * tiles, num_tokens * channels if grad_tokens else 0)
-        strides, constants = _feature_arguments(t, s)
-        if n * tiles:
-            backward_kernel[grid](
-                t.tensor,
-                t.tensor if s is None else s.tensor,
-                tokens[level].contiguous() if tokens else nothing,
-                saved.masks,
-                saved.teacher_masks,
-                saved.distance,
-                nothing if grad_masks is None else grad_masks,
-                nothing if grad_distance is None else grad_distance,
-                nothing if grad_mass is None else grad_mass[level],
-                nothing if grad_error is None else grad_error[level],
-                nothing if grad_gram is None else grad_gram[level],
-                nothing if grad_sums is None else grad_sums,
-                grad_teacher[level] if grad_teacher else nothing,
-                grad_student[level] if grad_student else nothing,
-                partials,
-                channels,
-                pixels,
-                raw.shape[3] if raw.dim() == 4 else 0,
-                saved.masks.shape[2],
-                sum(x.shape[1] for x in teacher),
-                pixel_offset,
-                channel_offset,
-                **strides,
-                **constants,
-                K=num_tokens,
-                K_PAD=_pad_tokens(num_tokens),
+    maps, n = _dense(teacher, student), teacher[0].shape[0]
+    k, nothing = tokens[0].shape[0] if tokens else 0, saved.masks
+    widths = tuple(x.shape[3] if x.dim() == 4 else 0 for x in teacher)
+    pixel_offsets = offsets([level[0].shape[2] for level in maps])
+    channel_offsets = offsets([level[0].shape[1] for level in maps])
+    block_c, narrow_c, block_p, warps = backward_blocks(bool(grad_teacher or grad_tokens), teacher[0].element_size())
+
+    def of_run(x: Tensor | None, run: slice) -> Tensor:
+        return nothing if x is None else x[run]
+
+    for run in runs(maps):
+        levels = as_levels(maps[run], block_p)
+        own = pointers([level[0] for level in maps[run]])
+        row_size = k * max(levels.channels) if grad_tokens else 0
+        partials = new_partials(levels, n, row_size, teacher[0])
+        if n and sum(levels.tiles):
+            backward_kernel[sum(levels.tiles), n](
+                tokens=tuple(e.contiguous() for e in tokens[run]) if tokens else own,
+                masks=saved.masks,
+                teacher_masks=saved.teacher_masks,
+                distance=saved.distance,
+                grad_masks=nothing if grad_masks is None else grad_masks,
+                grad_distance=nothing if grad_distance is None else grad_distance,
+                grad_mass=of_run(grad_mass, run),
+                grad_error=of_run(grad_error, run),
+                grad_gram=of_run(grad_gram, run),
+                grad_sums=nothing if grad_sums is None else grad_sums,
+                grad_teacher=tuple(grad_teacher[run]) if grad_teacher else own,
+                grad_student=tuple(grad_student[run]) if grad_student else own,
+                partials=partials,
+                levels=levels,
+                widths=widths[run],
+                pixel_offsets=pixel_offsets[run],
+                total_pixels=saved.masks.shape[2],
+                channel_offsets=channel_offsets[run],
+                total_channels=sum(x.shape[1] for x in teacher),
+                row_size=row_size,
+                **_features(maps[run]),
+                K=k,
+                K_PAD=pad_tokens(k),
                 BLOCK_C=block_c,
+                NARROW_C=narrow_c,
                 BLOCK_P=block_p,
-                GRAD_INTERLEAVED=(s or t).interleaved,
+                GRAD_INTERLEAVED=maps[run][0][-1].interleaved,
                 CUSTOMIZE=saved.teacher_masks.numel() > 0,
                 HAS_MASKS=grad_masks is not None,
                 HAS_DISTANCE=grad_distance is not None,
                 HAS_MASS=grad_mass is not None,
-                HAS_ERROR=grad_error is not None and s is not None,
+                HAS_ERROR=grad_error is not None and len(student) > 0,
                 HAS_GRAM=grad_gram is not None,
                 HAS_SUMS=grad_sums is not None,
                 WANT_TEACHER=bool(grad_teacher),
@@ -417,6 +661,4 @@ def backward(
                 num_warps=warps,
             )
         if grad_tokens:
-            reduce_tiles(partials, grad_tokens[level], 1, n * tiles, 0, num_tokens * channels)
-        pixel_offset += pixels
-        channel_offset += channels
+            reduce_tiles(partials, grad_tokens[run], levels, [k * c for c in levels.channels], n, per_image=False)

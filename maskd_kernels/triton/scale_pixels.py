@@ -1,7 +1,7 @@
 """Triton kernels of ``scale_pixels``. Equations and traffic: csrc/scale_pixels.h.
 
-One program takes a tile of ``STREAM_P`` pixels of one image and walks its channels, so that the scale's gradient
-stays in registers. 64-bit offsets; float32 arithmetic.
+One program takes a tile of ``STREAM_P`` pixels of one image on one level and walks its channels, so that the scale's
+gradient stays in registers. 64-bit offsets; float32 arithmetic.
 """
 
 from __future__ import annotations
@@ -14,60 +14,103 @@ from torch import Tensor
 
 from maskd_kernels.ops import layout
 from maskd_kernels.triton.common import (
+    NARROW_STREAM_C,
     STREAM_C,
     STREAM_P,
     STREAM_WARPS,
-    alignment,
+    WIDE,
+    aligned,
+    as_levels,
     feature_offsets,
-    tile_grid,
+    level_of,
+    pick,
+    pointers,
+    runs,
+    strides_of,
 )
 
-_SIZES = ["channels", "pixels"]
 
-
-@triton.jit(do_not_specialize=[*_SIZES, "x_n", "x_stride", "y_n", "y_stride"])
-def forward_kernel(
-    x,  # [N, C, P]
-    scale,  # [N, P]
-    y,  # [N, C, P]
+@triton.jit
+def forward_tile(
+    x,
+    scale,
+    y,
+    n,
+    p,
     channels,
     pixels,
     x_n,
     x_stride,
     y_n,
     y_stride,
+    ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    ALIGN: tl.constexpr,
-    C_ALIGN: tl.constexpr,
-    P_ALIGN: tl.constexpr,
-    X_INTERLEAVED: tl.constexpr,
-    Y_INTERLEAVED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):
-    n = tl.program_id(1).to(tl.int64)
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    # Multiplying by a constant is how the compiler learns what divides a value, and thus how wide it may load.
-    x_n, x_stride = x_n // ALIGN * ALIGN, x_stride // ALIGN * ALIGN
-    y_n, y_stride = y_n // ALIGN * ALIGN, y_stride // ALIGN * ALIGN
-    channels, pixels = channels // C_ALIGN * C_ALIGN, pixels // P_ALIGN * P_ALIGN
+    x_n, x_stride = aligned(x_n, ALIGN), aligned(x_stride, ALIGN)
+    y_n, y_stride = aligned(y_n, ALIGN), aligned(y_stride, ALIGN)
+    if INTERLEAVED:
+        channels = aligned(channels, ALIGN)
+    else:
+        pixels = aligned(pixels, ALIGN)
     inside = p < pixels
     s = tl.load(scale + n * pixels + p, mask=inside, other=0.0)
     for start in range(0, channels, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         valid = (c < channels)[:, None] & inside[None, :]
-        at = feature_offsets(n, c, p, x_n, x_stride, X_INTERLEAVED)
+        at = feature_offsets(n, c, p, x_n, x_stride, INTERLEAVED)
         value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32) * s[None, :]
-        at = feature_offsets(n, c, p, y_n, y_stride, Y_INTERLEAVED)
+        at = feature_offsets(n, c, p, y_n, y_stride, INTERLEAVED)
         tl.store(y + at, value.to(y.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "x_n", "x_stride", "grad_y_n", "grad_y_stride", "grad_x_n", "grad_x_stride"])
-def backward_kernel(
-    x,  # [N, C, P]
-    scale,  # [N, P]
-    grad_y,  # [N, C, P]
-    grad_x,  # [N, C, P]
-    grad_scale,  # [N, P]
+@triton.jit(do_not_specialize=["levels", "x_strides", "y_strides"])
+def forward_kernel(
+    x,  # tuple: [N, C, P]
+    scale,  # tuple: [N, P]
+    y,  # tuple: [N, C, P], laid out like x
+    levels,
+    x_strides,
+    y_strides,
+    BLOCK_C: tl.constexpr,
+    NARROW_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    n = tl.program_id(1).to(tl.int64)
+    level = level_of(tile, levels)
+    for narrow in tl.static_range(2):
+        if pick(levels.wide, level) != narrow:
+            forward_tile(
+                pick(x, level),
+                pick(scale, level),
+                pick(y, level),
+                n,
+                (tile - pick(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
+                pick(levels.channels, level),
+                pick(levels.pixels, level),
+                pick(x_strides.image, level),
+                pick(x_strides.rest, level),
+                pick(y_strides.image, level),
+                pick(y_strides.rest, level),
+                1 if narrow else WIDE,
+                NARROW_C if narrow else BLOCK_C,
+                BLOCK_P,
+                INTERLEAVED,
+            )
+
+
+@triton.jit
+def backward_tile(
+    x,
+    scale,
+    grad_y,
+    grad_x,
+    grad_scale,
+    n,
+    p,
     channels,
     pixels,
     x_n,
@@ -76,23 +119,21 @@ def backward_kernel(
     grad_y_stride,
     grad_x_n,
     grad_x_stride,
+    ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    ALIGN: tl.constexpr,
-    C_ALIGN: tl.constexpr,
-    P_ALIGN: tl.constexpr,
     X_INTERLEAVED: tl.constexpr,
     GRAD_Y_INTERLEAVED: tl.constexpr,
     WANT_X: tl.constexpr,
     WANT_SCALE: tl.constexpr,
 ):
-    n = tl.program_id(1).to(tl.int64)
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    # Multiplying by a constant is how the compiler learns what divides a value, and thus how wide it may load.
-    x_n, x_stride = x_n // ALIGN * ALIGN, x_stride // ALIGN * ALIGN
-    grad_y_n, grad_y_stride = grad_y_n // ALIGN * ALIGN, grad_y_stride // ALIGN * ALIGN
-    grad_x_n, grad_x_stride = grad_x_n // ALIGN * ALIGN, grad_x_stride // ALIGN * ALIGN
-    channels, pixels = channels // C_ALIGN * C_ALIGN, pixels // P_ALIGN * P_ALIGN
+    x_n, x_stride = aligned(x_n, ALIGN), aligned(x_stride, ALIGN)
+    grad_y_n, grad_y_stride = aligned(grad_y_n, ALIGN), aligned(grad_y_stride, ALIGN)
+    grad_x_n, grad_x_stride = aligned(grad_x_n, ALIGN), aligned(grad_x_stride, ALIGN)
+    if X_INTERLEAVED or GRAD_Y_INTERLEAVED:
+        channels = aligned(channels, ALIGN)
+    if not (X_INTERLEAVED and GRAD_Y_INTERLEAVED):
+        pixels = aligned(pixels, ALIGN)
     inside = p < pixels
     s = tl.load(scale + n * pixels + p, mask=inside, other=0.0)
     d_scale = tl.zeros([BLOCK_P], tl.float32)
@@ -111,28 +152,75 @@ def backward_kernel(
         tl.store(grad_scale + n * pixels + p, d_scale, mask=inside)
 
 
+@triton.jit(do_not_specialize=["levels", "x_strides", "grad_y_strides", "grad_x_strides"])
+def backward_kernel(
+    x,  # tuple: [N, C, P]
+    scale,  # tuple: [N, P]
+    grad_y,  # tuple: [N, C, P]
+    grad_x,  # tuple: [N, C, P], laid out like x
+    grad_scale,  # tuple: [N, P]
+    levels,
+    x_strides,
+    grad_y_strides,
+    grad_x_strides,
+    BLOCK_C: tl.constexpr,
+    NARROW_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    X_INTERLEAVED: tl.constexpr,
+    GRAD_Y_INTERLEAVED: tl.constexpr,
+    WANT_X: tl.constexpr,
+    WANT_SCALE: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    n = tl.program_id(1).to(tl.int64)
+    level = level_of(tile, levels)
+    for narrow in tl.static_range(2):
+        if pick(levels.wide, level) != narrow:
+            backward_tile(
+                pick(x, level),
+                pick(scale, level),
+                pick(grad_y, level),
+                pick(grad_x, level),
+                pick(grad_scale, level),
+                n,
+                (tile - pick(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
+                pick(levels.channels, level),
+                pick(levels.pixels, level),
+                pick(x_strides.image, level),
+                pick(x_strides.rest, level),
+                pick(grad_y_strides.image, level),
+                pick(grad_y_strides.rest, level),
+                pick(grad_x_strides.image, level),
+                pick(grad_x_strides.rest, level),
+                1 if narrow else WIDE,
+                NARROW_C if narrow else BLOCK_C,
+                BLOCK_P,
+                X_INTERLEAVED,
+                GRAD_Y_INTERLEAVED,
+                WANT_X,
+                WANT_SCALE,
+            )
+
+
 # ---- Launchers ---------------------------------------------------------------------------------
 
 
 def forward(x: Sequence[Tensor], scale: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-    for raw, factor, result in zip(x, scale, out, strict=True):
-        a, y = layout.dense_view(raw), layout.dense_view(result)
-        if raw.numel():
-            forward_kernel[tile_grid(a, STREAM_P)](
-                a.tensor,
-                factor,
-                y.tensor,
-                a.shape[1],
-                a.shape[2],
-                a.stride[0],
-                a.rest_stride,
-                y.stride[0],
-                y.rest_stride,
+    maps = [(layout.dense_view(level), layout.dense_view(y)) for level, y in zip(x, out, strict=True)]
+    for run in runs(maps):
+        levels, (a, y) = as_levels(maps[run], STREAM_P), zip(*maps[run], strict=True)
+        if x[0].shape[0] and sum(levels.tiles):
+            forward_kernel[sum(levels.tiles), x[0].shape[0]](
+                pointers(a),
+                tuple(scale[run]),
+                pointers(y),
+                levels,
+                strides_of(a),
+                strides_of(y),
                 BLOCK_C=STREAM_C,
+                NARROW_C=NARROW_STREAM_C,
                 BLOCK_P=STREAM_P,
-                **alignment(a, y),
-                X_INTERLEAVED=a.interleaved,
-                Y_INTERLEAVED=y.interleaved,
+                INTERLEAVED=a[0].interleaved,
                 num_warps=STREAM_WARPS,
             )
 
@@ -144,31 +232,26 @@ def backward(
     grad_x: Sequence[Tensor],  # none: not wanted
     grad_scale: Sequence[Tensor],  # likewise
 ) -> None:
-    for i, (raw, factor, upstream) in enumerate(zip(x, scale, grad, strict=True)):
-        a, g = layout.dense_view(raw), layout.dense_view(upstream)
-        result = layout.dense_view(grad_x[i]) if grad_x else a
-        if not raw.numel():
-            continue
-        backward_kernel[tile_grid(a, STREAM_P)](
-            a.tensor,
-            factor,
-            g.tensor,
-            result.tensor,
-            grad_scale[i] if grad_scale else factor,
-            a.shape[1],
-            a.shape[2],
-            a.stride[0],
-            a.rest_stride,
-            g.stride[0],
-            g.rest_stride,
-            result.stride[0],
-            result.rest_stride,
-            BLOCK_C=STREAM_C,
-            BLOCK_P=STREAM_P,
-            **alignment(a, g, result),
-            X_INTERLEAVED=a.interleaved,
-            GRAD_Y_INTERLEAVED=g.interleaved,
-            WANT_X=bool(grad_x),
-            WANT_SCALE=bool(grad_scale),
-            num_warps=STREAM_WARPS,
-        )
+    maps = [tuple(map(layout.dense_view, level)) for level in zip(x, grad, grad_x or x, strict=True)]
+    for run in runs(maps):
+        levels, (a, g, result) = as_levels(maps[run], STREAM_P), zip(*maps[run], strict=True)
+        if x[0].shape[0] and sum(levels.tiles):
+            backward_kernel[sum(levels.tiles), x[0].shape[0]](
+                pointers(a),
+                tuple(scale[run]),
+                pointers(g),
+                pointers(result),
+                tuple(grad_scale[run] if grad_scale else scale[run]),
+                levels,
+                strides_of(a),
+                strides_of(g),
+                strides_of(result),
+                BLOCK_C=STREAM_C,
+                NARROW_C=NARROW_STREAM_C,
+                BLOCK_P=STREAM_P,
+                X_INTERLEAVED=a[0].interleaved,
+                GRAD_Y_INTERLEAVED=g[0].interleaved,
+                WANT_X=bool(grad_x),
+                WANT_SCALE=bool(grad_scale),
+                num_warps=STREAM_WARPS,
+            )

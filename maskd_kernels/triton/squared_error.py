@@ -1,7 +1,7 @@
 """Triton kernels of ``squared_error``. Equations and traffic: csrc/squared_error.h.
 
-One program takes a tile of ``STREAM_P`` pixels of one image and walks its channels. Sums over pixels are written per
-tile and added in a fixed order, so that results are bitwise repeatable. 64-bit offsets; float32 arithmetic.
+One program takes a tile of ``STREAM_P`` pixels of one image on one level and walks its channels. Sums over pixels are
+written per tile and added in a fixed order, so that results are bitwise repeatable. 64-bit offsets; float32 arithmetic.
 """
 
 from __future__ import annotations
@@ -14,47 +14,52 @@ from torch import Tensor
 
 from maskd_kernels.ops import layout
 from maskd_kernels.triton.common import (
+    NARROW_STREAM_C,
     STREAM_C,
     STREAM_P,
     STREAM_WARPS,
-    alignment,
+    WIDE,
+    aligned,
+    as_levels,
     feature_offsets,
+    level_of,
     new_partials,
+    partial_row,
+    pick,
+    pointers,
     reduce_tiles,
-    tile_grid,
+    runs,
+    strides_of,
 )
 
-_COMMON = ["channels", "pixels", "pred_n", "pred_stride", "target_n", "target_stride"]
 
-
-@triton.jit(do_not_specialize=_COMMON)
-def forward_kernel(
-    pred,  # [N, C, P]
-    target,  # [N, C, P]
-    scale,  # [N, C]
-    partials,  # [N * tiles, 1]
+@triton.jit
+def forward_tile(
+    pred,
+    target,
+    scale,
+    partial,
+    n,
+    p,
     channels,
     pixels,
     pred_n,
     pred_stride,
     target_n,
     target_stride,
+    ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    ALIGN: tl.constexpr,
-    C_ALIGN: tl.constexpr,
-    P_ALIGN: tl.constexpr,
     PRED_INTERLEAVED: tl.constexpr,
     TARGET_INTERLEAVED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    n = tl.program_id(1).to(tl.int64)
-    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    # Multiplying by a constant is how the compiler learns what divides a value, and thus how wide it may load.
-    pred_n, pred_stride = pred_n // ALIGN * ALIGN, pred_stride // ALIGN * ALIGN
-    target_n, target_stride = target_n // ALIGN * ALIGN, target_stride // ALIGN * ALIGN
-    channels, pixels = channels // C_ALIGN * C_ALIGN, pixels // P_ALIGN * P_ALIGN
+    pred_n, pred_stride = aligned(pred_n, ALIGN), aligned(pred_stride, ALIGN)
+    target_n, target_stride = aligned(target_n, ALIGN), aligned(target_stride, ALIGN)
+    if PRED_INTERLEAVED or TARGET_INTERLEAVED:
+        channels = aligned(channels, ALIGN)
+    if not (PRED_INTERLEAVED and TARGET_INTERLEAVED):
+        pixels = aligned(pixels, ALIGN)
     inside = p < pixels
     total = tl.zeros([BLOCK_P], tl.float32)
     for start in range(0, channels, BLOCK_C):
@@ -67,29 +72,72 @@ def forward_kernel(
         at = feature_offsets(n, c, p, target_n, target_stride, TARGET_INTERLEAVED)
         e -= tl.load(target + at, mask=valid, other=0.0).to(tl.float32)
         total += tl.sum(e * e, 0)
-    tl.store(partials + n * tl.num_programs(0) + tile, tl.sum(total, 0))
+    tl.store(partial, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=_COMMON)
-def backward_kernel(
-    pred,  # [N, C, P]
-    target,  # [N, C, P]
-    scale,  # [N, C]
-    grad,  # [N]
-    grad_pred,  # [N, C, P], laid out like pred
-    grad_target,  # [N, C, P], laid out like pred
-    partials,  # [N * tiles, C] gradients of the scale
+@triton.jit(do_not_specialize=["levels", "pred_strides", "target_strides"])
+def forward_kernel(
+    pred,  # tuple: [N, C, P]
+    target,  # tuple: [N, C, P]
+    scale,  # tuple: [N, C]
+    partials,  # [N * tiles, 1]
+    levels,
+    pred_strides,
+    target_strides,
+    BLOCK_C: tl.constexpr,
+    NARROW_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    PRED_INTERLEAVED: tl.constexpr,
+    TARGET_INTERLEAVED: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    n = tl.program_id(1).to(tl.int64)
+    level = level_of(tile, levels)
+    for narrow in tl.static_range(2):
+        if pick(levels.wide, level) != narrow:
+            forward_tile(
+                pick(pred, level),
+                pick(target, level),
+                pick(scale, level),
+                partials + partial_row(tile, n, level, levels),
+                n,
+                (tile - pick(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
+                pick(levels.channels, level),
+                pick(levels.pixels, level),
+                pick(pred_strides.image, level),
+                pick(pred_strides.rest, level),
+                pick(target_strides.image, level),
+                pick(target_strides.rest, level),
+                1 if narrow else WIDE,
+                NARROW_C if narrow else BLOCK_C,
+                BLOCK_P,
+                PRED_INTERLEAVED,
+                TARGET_INTERLEAVED,
+                HAS_SCALE,
+            )
+
+
+@triton.jit
+def backward_tile(
+    pred,
+    target,
+    scale,
+    grad,
+    grad_pred,
+    grad_target,
+    partial,
+    n,
+    p,
     channels,
     pixels,
     pred_n,
     pred_stride,
     target_n,
     target_stride,
+    ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    ALIGN: tl.constexpr,
-    C_ALIGN: tl.constexpr,
-    P_ALIGN: tl.constexpr,
     PRED_INTERLEAVED: tl.constexpr,
     TARGET_INTERLEAVED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -97,18 +145,17 @@ def backward_kernel(
     WANT_TARGET: tl.constexpr,
     WANT_SCALE: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    n = tl.program_id(1).to(tl.int64)
-    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    # Multiplying by a constant is how the compiler learns what divides a value, and thus how wide it may load.
-    pred_n, pred_stride = pred_n // ALIGN * ALIGN, pred_stride // ALIGN * ALIGN
-    target_n, target_stride = target_n // ALIGN * ALIGN, target_stride // ALIGN * ALIGN
-    channels, pixels = channels // C_ALIGN * C_ALIGN, pixels // P_ALIGN * P_ALIGN
+    pred_n, pred_stride = aligned(pred_n, ALIGN), aligned(pred_stride, ALIGN)
+    target_n, target_stride = aligned(target_n, ALIGN), aligned(target_stride, ALIGN)
+    if PRED_INTERLEAVED or TARGET_INTERLEAVED:
+        channels = aligned(channels, ALIGN)
+    if not (PRED_INTERLEAVED and TARGET_INTERLEAVED):
+        pixels = aligned(pixels, ALIGN)
     grad_n, grad_stride = channels.to(tl.int64) * pixels, pixels
     if PRED_INTERLEAVED:
         grad_stride = channels
     inside = p < pixels
-    g = 2 * tl.load(grad + n)
+    g = 2 * tl.load(grad)
     for start in range(0, channels, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         valid = (c < channels)[:, None] & inside[None, :]
@@ -126,40 +173,91 @@ def backward_kernel(
         if WANT_TARGET:
             tl.store(grad_target + at, (-e).to(grad_target.dtype.element_ty), mask=valid)
         if WANT_SCALE:
-            to = (n * tl.num_programs(0) + tile) * channels + c
-            tl.store(partials + to, tl.sum(value * e, 1), mask=c < channels)
+            tl.store(partial + c, tl.sum(value * e, 1), mask=c < channels)
+
+
+@triton.jit(do_not_specialize=["levels", "pred_strides", "target_strides", "row_size"])
+def backward_kernel(
+    pred,  # tuple: [N, C, P]
+    target,  # tuple: [N, C, P]
+    scale,  # tuple: [N, C]
+    grad,  # [levels, N]
+    grad_pred,  # tuple: [N, C, P], laid out like pred
+    grad_target,  # tuple: [N, C, P], laid out like pred
+    partials,  # [N * tiles, row_size] gradients of the scale
+    levels,
+    pred_strides,
+    target_strides,
+    row_size,
+    BLOCK_C: tl.constexpr,
+    NARROW_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    PRED_INTERLEAVED: tl.constexpr,
+    TARGET_INTERLEAVED: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    WANT_PRED: tl.constexpr,
+    WANT_TARGET: tl.constexpr,
+    WANT_SCALE: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    n = tl.program_id(1).to(tl.int64)
+    level = level_of(tile, levels)
+    for narrow in tl.static_range(2):
+        if pick(levels.wide, level) != narrow:
+            backward_tile(
+                pick(pred, level),
+                pick(target, level),
+                pick(scale, level),
+                grad + level * tl.num_programs(1) + n,
+                pick(grad_pred, level),
+                pick(grad_target, level),
+                partials + partial_row(tile, n, level, levels) * row_size,
+                n,
+                (tile - pick(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
+                pick(levels.channels, level),
+                pick(levels.pixels, level),
+                pick(pred_strides.image, level),
+                pick(pred_strides.rest, level),
+                pick(target_strides.image, level),
+                pick(target_strides.rest, level),
+                1 if narrow else WIDE,
+                NARROW_C if narrow else BLOCK_C,
+                BLOCK_P,
+                PRED_INTERLEAVED,
+                TARGET_INTERLEAVED,
+                HAS_SCALE,
+                WANT_PRED,
+                WANT_TARGET,
+                WANT_SCALE,
+            )
 
 
 # ---- Launchers ---------------------------------------------------------------------------------
 
 
 def forward(pred: Sequence[Tensor], target: Sequence[Tensor], scale: Sequence[Tensor], out: Tensor) -> None:
-    for i, (raw, goal) in enumerate(zip(pred, target, strict=True)):
-        p, t = layout.dense_view(raw), layout.dense_view(goal)
-        n, channels, pixels = p.shape
-        tiles, _ = grid = tile_grid(p, STREAM_P)
-        partials = new_partials(p, n * tiles, 1)
-        if raw.numel():
-            forward_kernel[grid](
-                p.tensor,
-                t.tensor,
-                scale[i] if scale else partials,
+    maps, n = [tuple(map(layout.dense_view, level)) for level in zip(pred, target, strict=True)], pred[0].shape[0]
+    for run in runs(maps):
+        levels, (p, t) = as_levels(maps[run], STREAM_P), zip(*maps[run], strict=True)
+        partials = new_partials(levels, n, 1, out)
+        if partials.numel():
+            forward_kernel[sum(levels.tiles), n](
+                pointers(p),
+                pointers(t),
+                tuple(scale[run]) if scale else (partials,) * len(p),
                 partials,
-                channels,
-                pixels,
-                p.stride[0],
-                p.rest_stride,
-                t.stride[0],
-                t.rest_stride,
+                levels,
+                strides_of(p),
+                strides_of(t),
                 BLOCK_C=STREAM_C,
+                NARROW_C=NARROW_STREAM_C,
                 BLOCK_P=STREAM_P,
-                **alignment(p, t),
-                PRED_INTERLEAVED=p.interleaved,
-                TARGET_INTERLEAVED=t.interleaved,
+                PRED_INTERLEAVED=p[0].interleaved,
+                TARGET_INTERLEAVED=t[0].interleaved,
                 HAS_SCALE=bool(scale),
                 num_warps=STREAM_WARPS,
             )
-        reduce_tiles(partials, out[i][:, None], n, tiles, 0, 1)
+        reduce_tiles(partials, out[run].unbind(), levels, [1] * len(p), n)
 
 
 def backward(
@@ -171,31 +269,29 @@ def backward(
     grad_target: Sequence[Tensor],  # likewise
     grad_scale: Sequence[Tensor],  # likewise
 ) -> None:
-    for i, (raw, goal) in enumerate(zip(pred, target, strict=True)):
-        p, t = layout.dense_view(raw), layout.dense_view(goal)
-        n, channels, pixels = p.shape
-        tiles, _ = grid = tile_grid(p, STREAM_P)
-        partials = new_partials(p, n * tiles, channels if grad_scale else 0)
-        if raw.numel():
-            backward_kernel[grid](
-                p.tensor,
-                t.tensor,
-                scale[i] if scale else partials,
-                grad[i],
-                grad_pred[i] if grad_pred else p.tensor,
-                grad_target[i] if grad_target else p.tensor,
+    maps, n = [tuple(map(layout.dense_view, level)) for level in zip(pred, target, strict=True)], pred[0].shape[0]
+    for run in runs(maps):
+        levels, (p, t) = as_levels(maps[run], STREAM_P), zip(*maps[run], strict=True)
+        row_size = max(levels.channels) if grad_scale else 0
+        partials = new_partials(levels, n, row_size, grad)
+        if n and sum(levels.tiles):
+            backward_kernel[sum(levels.tiles), n](
+                pointers(p),
+                pointers(t),
+                tuple(scale[run]) if scale else (grad,) * len(p),
+                grad[run],
+                tuple(grad_pred[run]) if grad_pred else pointers(p),
+                tuple(grad_target[run]) if grad_target else pointers(p),
                 partials,
-                channels,
-                pixels,
-                p.stride[0],
-                p.rest_stride,
-                t.stride[0],
-                t.rest_stride,
+                levels,
+                strides_of(p),
+                strides_of(t),
+                row_size,
                 BLOCK_C=STREAM_C,
+                NARROW_C=NARROW_STREAM_C,
                 BLOCK_P=STREAM_P,
-                **alignment(p, t),
-                PRED_INTERLEAVED=p.interleaved,
-                TARGET_INTERLEAVED=t.interleaved,
+                PRED_INTERLEAVED=p[0].interleaved,
+                TARGET_INTERLEAVED=t[0].interleaved,
                 HAS_SCALE=bool(scale),
                 WANT_PRED=bool(grad_pred),
                 WANT_TARGET=bool(grad_target),
@@ -203,4 +299,4 @@ def backward(
                 num_warps=STREAM_WARPS,
             )
         if grad_scale:
-            reduce_tiles(partials, grad_scale[i], n, tiles, 0, channels)
+            reduce_tiles(partials, grad_scale[run], levels, levels.channels, n)
