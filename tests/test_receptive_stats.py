@@ -7,7 +7,7 @@ from helpers import DEVICE, assert_close, check_stats, features
 from maskd_kernels import BackendUnavailableError, native, use_backend
 from maskd_kernels.ops.receptive_stats import receptive_stats
 
-LAYOUTS = ["contiguous", "channels_last", "sliced", "every_other"]
+LAYOUTS = ["contiguous", "channels_last", "sliced", "rows", "every_other"]
 LAYOUTS += ["expanded_batch", "expanded_pixels", "expanded_channels"]
 SHAPES = [(2, 10, 7, 9), (1, 4, 1, 1), (2, 19, 8, 16), (1, 3, 5, 1), (2, 37, 1, 131), (1, 2, 40, 33)]
 DTYPE_PAIRS = [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float16, torch.bfloat16)]
@@ -33,8 +33,9 @@ def test_images(backend, shape, upstream):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_layouts_and_dtypes(backend, layout, dtype):
-    check_stats(backend, *problem((2, 19, 7, 9), dtype=dtype, layout=layout))
+@pytest.mark.parametrize("shape", [(2, 19, 7, 9), (2, 24, 8, 9), (2, 24, 8, 12)])  # rows of whole vectors or not
+def test_layouts_and_dtypes(backend, shape, layout, dtype):
+    check_stats(backend, *problem(shape, dtype=dtype, layout=layout))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -93,6 +94,16 @@ def test_pyramid(backend):
     levels = [problem(shape) for shape in shapes]
     t, e, s = ([x for level in levels for x in level[i]] for i in range(3))
     check_stats(backend, t, e, s, customize=torch.tensor(True, device=DEVICE))
+
+
+def test_levels_that_differ(backend):
+    """In size, channels, layout and dtype, of student and teacher, in one call."""
+    shapes = [(2, 16, 8, 12), (2, 8, 7, 9), (2, 24, 4, 6), (2, 16, 2, 4), (2, 5, 3, 3)]
+    layouts = ["contiguous", "contiguous", "channels_last", "contiguous", "channels_last"]
+    dtypes = [torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float16]
+    t = [features(x, dtype, layout) for x, dtype, layout in zip(shapes, dtypes, layouts, strict=True)]
+    s = [features(x, dtype, layout) for x, dtype, layout in zip(shapes, reversed(dtypes), layouts, strict=True)]
+    check_stats(backend, t, [tokens_of(6, x[1]) for x in shapes], s, customize=torch.tensor(True, device=DEVICE))
 
 
 def test_levels_equal_single_calls(backend):

@@ -98,8 +98,9 @@ def test_shapes(backend, operator, shape, upstream):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_layouts_and_dtypes(backend, operator, layout, dtype):
-    check(backend, operator, OPERATORS[operator][2]((2, 20, 7, 9), dtype, layout))
+@pytest.mark.parametrize("shape", [(2, 20, 7, 9), (2, 24, 8, 9), (2, 24, 8, 12)])  # rows of whole vectors or not
+def test_layouts_and_dtypes(backend, operator, shape, layout, dtype):
+    check(backend, operator, OPERATORS[operator][2](shape, dtype, layout))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -126,6 +127,18 @@ def test_channel_counts(operator, c):
 def test_pyramid(backend, operator):
     shapes = [(2, 10, 13, 17), (2, 6, 7, 9), (2, 10, 4, 5), (2, 1, 2, 3), (2, 10, 1, 1)]
     levels = [OPERATORS[operator][2](shape) for shape in shapes]
+    check(backend, operator, [[x for level in levels for x in level[i]] for i in range(len(levels[0]))])
+
+
+def test_levels_that_differ(backend, operator):
+    """In size, channels, layout and dtype, in one call."""
+    levels = [
+        OPERATORS[operator][2]((2, 16, 8, 12)),
+        OPERATORS[operator][2]((2, 8, 7, 9)),
+        OPERATORS[operator][2]((2, 24, 4, 6), layout="channels_last"),
+        OPERATORS[operator][2]((2, 5, 3, 3), torch.bfloat16, "channels_last"),
+        OPERATORS[operator][2]((2, 16, 2, 4), torch.bfloat16),
+    ]
     check(backend, operator, [[x for level in levels for x in level[i]] for i in range(len(levels[0]))])
 
 
