@@ -53,7 +53,8 @@ def make(shapes, tokens=6, weighted=True, dtype=torch.float32, teacher_dtype=Non
     teacher = [features(s, teacher_dtype or dtype, layout, grad=False) for s in shapes]
     modules = [MaskModule(s[1], tokens, weighted).to(DEVICE).requires_grad_(False) for s in shapes]
     for module in modules:
-        nn.init.normal_(module.mask_token, std=0.5)
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.5 if parameter is module.mask_token else 0.1)
     weighting = [m.weighting for m in modules] if weighted else None
     return student, teacher, [m.mask_token for m in modules], weighting
 
@@ -162,6 +163,16 @@ def test_half_gradients_round_as_pytorch_does(dtype, native_only):
         (gradient,) = both((student, teacher, tokens, None), factor=107 * 1.004)[1]
         assert torch.equal(gradient.isnan(), expected.isnan())
         assert torch.equal(gradient.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def test_eps(calls):
+    check(make([(2, 6, 4, 5), (2, 6, 2, 2)], weighted=False), eps=3.0)
+    assert calls
+
+
+def test_many_images(calls):
+    check(make([(37, 8, 3, 3), (37, 16, 2, 2)]))
+    assert calls
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 64])
