@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from maskd_kernels import AMDLoss, MasKDLoss, MGDLoss, receptive_masks
+from maskd_kernels import AMDLoss, MasKDLoss, MaskModule, MGDLoss, maskd_loss, receptive_masks
 from maskd_kernels.ops.receptive_stats import receptive_stats
 
 pytestmark = [
@@ -39,6 +39,27 @@ def test_the_host_never_waits(name):
         step(loss_fn, student, teacher)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_launches_of_a_pyramid():
+    """Forward and backward over all levels: at most eight, PyTorch's own included."""
+    student, teacher = [x.requires_grad_() for x in pyramid()], pyramid()
+    modules = [MaskModule(64, 6).cuda().requires_grad_(False) for _ in student]
+
+    def run():
+        tokens, weighting = [m.mask_token for m in modules], [m.weighting for m in modules]
+        maskd_loss(student, teacher, tokens, weighting=weighting).backward()
+
+    run()  # compiles, and makes .grad
+    for x in student:
+        x.grad = None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [name for name in names if not name.startswith(("Memcpy", "Memset"))]
+    assert 0 < len(kernels) <= 8, kernels
+    assert kernels == names, "something was copied"
 
 
 def test_cuda_graph():

@@ -81,17 +81,6 @@ def feature_offsets(n, c, p, stride_n, stride, INTERLEAVED: tl.constexpr):
     return n * stride_n + c[:, None].to(tl.int64) * stride + p[None, :]
 
 
-@triton.jit
-def sum_rows(partials, row, rows, row_size, column, valid, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """[BLOCK] sums over ``rows`` rows from ``row`` on, in a fixed order."""
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(0, rows, ROWS):
-        r = start + tl.arange(0, ROWS)
-        at = (row + r[:, None]).to(tl.int64) * row_size + column[None, :]
-        total += tl.load(partials + at, mask=(r < rows)[:, None] & valid[None, :], other=0.0)
-    return tl.sum(total, 0)
-
-
 @triton.jit(do_not_specialize=["levels", "widths", "images", "row_size"])
 def reduce_kernel(
     partials,  # [images * tiles of all levels, row_size]
@@ -103,14 +92,18 @@ def reduce_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sums over the tiles of each image where ``images`` is 1, of all images where it is their number."""
+    """Sums over the tiles of each image where ``images`` is 1, of all images where it is their number, in order."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n = tl.program_id(1)
     level = tl.program_id(2)
     tiles, width = pick(levels.tiles, level), pick(widths, level)
     row = tl.num_programs(1) * images * pick(levels.first_tile, level) + n * tiles
-    total = sum_rows(partials, row, tiles * images, row_size, i, i < width, ROWS, BLOCK)
-    tl.store(pick(out, level) + n * width + i, total, mask=i < width)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, tiles * images, ROWS):
+        r = start + tl.arange(0, ROWS)
+        at = (row + r[:, None]).to(tl.int64) * row_size + i[None, :]
+        total += tl.load(partials + at, mask=(r < tiles * images)[:, None] & (i < width)[None, :], other=0.0)
+    tl.store(pick(out, level) + n * width + i, tl.sum(total, 0), mask=i < width)
 
 
 # ---- Launchers ---------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 Forward equation, gradients and traffic: csrc/receptive_stats.h and reference.py. One program takes a tile
 of ``BLOCK_P`` pixels of one image on one level and walks its channels ``BLOCK_C`` at a time; tokens are padded to
 the 16 rows that ``tl.dot`` wants. Everything accumulates in float32, and products keep float32's accuracy on tensor
-cores by three TF32 products each (``tf32x3``); plain TF32 is never used. Each program writes its own partial
+cores by three TF32 products each (``tf32x3``); one does only where it is exact. Each program writes its own partial
 sums and a second kernel adds them in a fixed order, so that results are bitwise repeatable. Offsets are
 64-bit. No autotuning, and nothing recompiles when image sizes change.
 """
@@ -38,7 +38,6 @@ from maskd_kernels.triton.common import (
     reduce_tiles,
     runs,
     strides_of,
-    sum_rows,
 )
 
 BLOCK_C = 32
@@ -62,6 +61,13 @@ def tap_windows(p, pixels, width, ROWS: tl.constexpr):
 
 
 @triton.jit
+def is_edge(tile, pixels, width, BLOCK_P: tl.constexpr):
+    """Whether a level's tile touches the image's first or last row. In others every tap reads all rows: of nine sums
+    only the middle three, which differ by columns, are written and read back."""
+    return (tile * BLOCK_P < width) | ((tile + 1) * BLOCK_P > pixels - width)
+
+
+@triton.jit
 def forward_tile(
     teacher,
     student,
@@ -73,7 +79,7 @@ def forward_tile(
     partials,
     n,
     row,
-    p,
+    tile,
     channels,
     pixels,
     width,
@@ -96,6 +102,7 @@ def forward_tile(
     SUMS: tl.constexpr,
     SUMS_AT: tl.constexpr,
 ):
+    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     k = tl.arange(0, K_PAD)
     teacher_n, teacher_stride = aligned(teacher_n, ALIGN), aligned(teacher_stride, ALIGN)
     student_n, student_stride = aligned(student_n, ALIGN), aligned(student_stride, ALIGN)
@@ -110,6 +117,8 @@ def forward_tile(
     partial = partials + row * row_size
     if SUMS:
         windows = tap_windows(p, pixels, width, 16)
+        r = tl.arange(0, 16)
+        written = (r < 9) & ((r // 3 == 1) | is_edge(tile, pixels, width, BLOCK_P))
 
     for start in range(0, channels, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
@@ -127,10 +136,13 @@ def forward_tile(
             if CUSTOMIZE:
                 student_logits = tl.dot(e, s, student_logits, input_precision=PRECISION)
         if SUMS:
-            sums_c = tl.dot(windows, tl.trans(t), input_precision=PRECISION)  # [16, BLOCK_C]
-            r = tl.arange(0, 16)
+            # Ones, zeros and half types are exact in TF32.
+            if teacher.dtype.element_ty.primitive_bitwidth == 16:
+                sums_c = tl.dot(windows, tl.trans(t), input_precision="tf32")  # [16, BLOCK_C]
+            else:
+                sums_c = tl.dot(windows, tl.trans(t), input_precision=PRECISION)
             to = SUMS_AT + r[:, None] * channels + c[None, :]
-            tl.store(partial + to, sums_c, mask=(r < 9)[:, None] & (c < channels)[None, :])
+            tl.store(partial + to, sums_c, mask=written[:, None] & (c < channels)[None, :])
 
     column = pixel_offset + p
     if HAS_STUDENT:
@@ -199,7 +211,7 @@ def forward_kernel(
                 partials,
                 n,
                 partial_row(tile, n, level, levels),
-                (tile - pick(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
+                tile - pick(levels.first_tile, level),
                 pick(levels.channels, level),
                 pick(levels.pixels, level),
                 pick(widths, level),
@@ -224,7 +236,7 @@ def forward_kernel(
             )
 
 
-@triton.jit(do_not_specialize=["levels", "channel_offsets", "total_channels", "row_size"])
+@triton.jit(do_not_specialize=["levels", "widths", "channel_offsets", "total_channels", "row_size"])
 def reduce_stats_kernel(
     partials,  # [N * tiles, row_size] of forward_kernel
     mass,  # [levels, N, K]
@@ -232,6 +244,7 @@ def reduce_stats_kernel(
     gram,  # [levels, N, K, K]
     sums,  # [N, 9, total C]
     levels,
+    widths,
     channel_offsets,
     total_channels,
     row_size,
@@ -239,6 +252,7 @@ def reduce_stats_kernel(
     HAS_STUDENT: tl.constexpr,
     SUMS: tl.constexpr,
     SUMS_AT: tl.constexpr,
+    BLOCK_P: tl.constexpr,  # of forward_kernel
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -246,8 +260,20 @@ def reduce_stats_kernel(
     n = tl.program_id(1)
     level = tl.program_id(2)
     tiles = pick(levels.tiles, level)
+    channels = pick(levels.channels, level)
+    column, tap = i, (i - SUMS_AT) // channels
+    if SUMS:
+        column = tl.where(i < SUMS_AT, i, i + (3 + tap % 3 - tap) * channels)  # where other tiles have it
+    pixels, width = pick(levels.pixels, level), pick(widths, level)
     row = tl.num_programs(1) * pick(levels.first_tile, level) + n * tiles
-    total = sum_rows(partials, row, tiles, row_size, i, i < row_size, ROWS, BLOCK)
+    partial = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, tiles, ROWS):
+        tile = start + tl.arange(0, ROWS)
+        valid = (tile < tiles)[:, None] & (i < SUMS_AT + 9 * channels * SUMS)[None, :]
+        at = tl.where(is_edge(tile, pixels, width, BLOCK_P)[:, None], i[None, :], column[None, :])
+        at += (row + tile[:, None]).to(tl.int64) * row_size
+        partial += tl.load(partials + at, mask=valid, other=0.0)
+    total = tl.sum(partial, 0)
     at = level * tl.num_programs(1) + n
     if K > 0:
         tl.store(mass + at * K + i, total, mask=i < K)
@@ -255,10 +281,8 @@ def reduce_stats_kernel(
             tl.store(error + at * K + (i - K), total, mask=(i >= K) & (i < 2 * K))
         tl.store(gram + at * (K * K) + (i - 2 * K), total, mask=(i >= 2 * K) & (i < 2 * K + K * K))
     if SUMS:
-        channels = pick(levels.channels, level)
-        j = i - SUMS_AT
-        to = (n * 9 + j // channels) * total_channels + pick(channel_offsets, level) + j % channels
-        tl.store(sums + to, total, mask=(j >= 0) & (j < 9 * channels))
+        to = (n * 9 + tap) * total_channels + pick(channel_offsets, level) + (i - SUMS_AT) % channels
+        tl.store(sums + to, total, mask=(i >= SUMS_AT) & (tap < 9))
 
 
 @triton.jit
@@ -581,6 +605,7 @@ def forward(
                 out.gram[run],
                 out.sums,
                 levels,
+                widths[run],
                 channel_offsets[run],
                 sum(x.shape[1] for x in teacher),
                 row_size,
@@ -588,6 +613,7 @@ def forward(
                 HAS_STUDENT=len(student) > 0,
                 SUMS=wants_sums,
                 SUMS_AT=sums_at,
+                BLOCK_P=BLOCK_P,
                 ROWS=rows,
                 BLOCK=block,
                 num_warps=4,
