@@ -5,6 +5,7 @@ is looked at are the very kernels, arguments and specialisations that users get.
 """
 
 import concurrent.futures
+import functools
 import importlib
 import itertools
 import json
@@ -31,6 +32,7 @@ from maskd_kernels.ops.squared_error import squared_error
 
 REGISTERS = Path(__file__).parent / "triton_registers.json"
 LEVELS = ((8, 16), (4, 8), (5, 5), (3, 3), (1, 2))  # some in rows of whole vectors, some not
+OTHER_LEVELS = ((5, 5), (16, 16), (8, 10), (1, 1), (40, 40))
 CHANNELS = 256
 # PyTorch's operations that launch nothing on a GPU.
 NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "view", "reshape", "slice"}
@@ -72,42 +74,42 @@ class Driver:
         return lambda *_: self.launches.append(source.fn.__name__)
 
 
-def pyramid(dtype, interleaved, grad=False):
-    maps = [torch.zeros(2, CHANNELS, *size, dtype=dtype) for size in LEVELS]
+def pyramid(dtype, interleaved, grad=False, sizes=LEVELS):
+    maps = [torch.zeros(2, CHANNELS, *size, dtype=dtype) for size in sizes]
     if interleaved:
         maps = [x.to(memory_format=torch.channels_last) for x in maps]
     return [x.requires_grad_(grad) for x in maps]
 
 
-def loss(dtype, interleaved, train_all=False):
-    modules = [MaskModule(CHANNELS, 6).requires_grad_(train_all) for _ in LEVELS]
+def loss(dtype, interleaved, train_all=False, sizes=LEVELS):
+    modules = [MaskModule(CHANNELS, 6).requires_grad_(train_all) for _ in sizes]
     weighting = [m.weighting for m in modules]
     tokens = [m.mask_token for m in modules]
-    student, teacher = pyramid(dtype, interleaved, True), pyramid(dtype, interleaved, train_all)
+    student, teacher = (pyramid(dtype, interleaved, grad, sizes) for grad in (True, train_all))
     return lambda: functional.maskd_loss(student, teacher, tokens, weighting=weighting).backward()
 
 
-def scale(dtype, interleaved):
-    factors = [torch.ones(2, *size, requires_grad=True) for size in LEVELS]
-    x, gradients = pyramid(dtype, interleaved, True), pyramid(dtype, interleaved)
+def scale(dtype, interleaved, sizes=LEVELS):
+    factors = [torch.ones(2, *size, requires_grad=True) for size in sizes]
+    x, gradients = (pyramid(dtype, interleaved, grad, sizes) for grad in (True, False))
     return lambda: torch.autograd.backward(scale_pixels(x, factors), gradients)
 
 
-def error(dtype, interleaved):
-    factors = [torch.ones(2, CHANNELS, requires_grad=True) for _ in LEVELS]
-    pred, target = pyramid(dtype, interleaved, True), pyramid(dtype, interleaved)
+def error(dtype, interleaved, sizes=LEVELS):
+    factors = [torch.ones(2, CHANNELS, requires_grad=True) for _ in sizes]
+    pred, target = (pyramid(dtype, interleaved, grad, sizes) for grad in (True, False))
     return lambda: squared_error(pred, target, factors).sum().backward()
 
 
-def attention(dtype, interleaved):
-    x = pyramid(dtype, interleaved, True)
-    gradients = [torch.ones(2, *size) for size in LEVELS] + [torch.ones(2, CHANNELS) for _ in LEVELS]
+def attention(dtype, interleaved, sizes=LEVELS):
+    x = pyramid(dtype, interleaved, True, sizes)
+    gradients = [torch.ones(2, *size) for size in sizes] + [torch.ones(2, CHANNELS) for _ in sizes]
     return lambda: torch.autograd.backward([y for level in attention_stats(x) for y in level], gradients)
 
 
 SCENARIOS = {
     "loss": loss,
-    "tokens": lambda *a: loss(*a, train_all=True),
+    "tokens": functools.partial(loss, train_all=True),
     "scale": scale,
     "error": error,
     "attention": attention,
@@ -140,7 +142,8 @@ def inspect(kernel, architecture):
         "registers": int(re.search(r"Used (\d+) registers", usage).group(1)),
         "spills": sum(int(count) for count in re.findall(r"(\d+) bytes spill", usage)),
         "shared_bytes": kernel.metadata.shared,
-        "wide_loads": len(re.findall(r"ld\.global[\w.:]*\.v(?:4\.[bf]32|8\.[bf]32|2\.[bf]64)", ptx)),
+        # Into registers, or 16 bytes at a time into shared memory.
+        "wide_loads": len(re.findall(r"ld\.global[\w.:]*\.v(?:4\.[bf]32|8\.[bf]32|2\.[bf]64)|cp\.async\.cg", ptx)),
         "wide_stores": len(re.findall(r"st\.global[\w.:]*\.v(?:4\.[bf]32|8\.[bf]32|2\.[bf]64)", ptx)),
     }
 
@@ -162,6 +165,21 @@ def compile_all(architecture, dtype, layout):
     return results
 
 
+def compiled_anew():
+    """Kernels that a change of image sizes compiles again."""
+    backends.why_no_triton = lambda device_type: None
+    driver.set_active(Driver(90))
+
+    def count(sizes):
+        for run in SCENARIOS.values():
+            run(torch.bfloat16, False, sizes=sizes)()
+        return {name: len(f.device_caches[90][0]) for name, f in jit_functions().items()}
+
+    with use_backend("triton"):
+        before, after = count(LEVELS), count(OTHER_LEVELS)
+    return [name for name in before if before[name] != after[name]]
+
+
 def launches_of_a_pyramid():
     """Everything that the loss over a pyramid launches, forward and backward: ours, and PyTorch's."""
     backends.why_no_triton = lambda device_type: None
@@ -176,12 +194,12 @@ def main():
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         results = {k: v for result in pool.map(compile_all, *zip(*jobs, strict=True)) for k, v in result.items()}
-        launches = pool.submit(launches_of_a_pyramid).result()
+        launches, anew = pool.submit(launches_of_a_pyramid).result(), pool.submit(compiled_anew).result()
     if "--record" in sys.argv:
         content = {"triton": triton.__version__, "registers": {k: v["registers"] for k, v in results.items()}}
         REGISTERS.write_text(json.dumps(content, indent=1) + "\n")
     else:
-        json.dump({"kernels": results, "launches": launches}, sys.stdout)
+        json.dump({"kernels": results, "launches": launches, "compiled_anew": anew}, sys.stdout)
 
 
 if __name__ == "__main__":

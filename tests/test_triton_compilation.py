@@ -68,6 +68,10 @@ def test_launches_of_a_pyramid(compiled):
     assert len(launches) <= 8, launches
 
 
+def test_nothing_is_compiled_anew_when_image_sizes_change(compiled):
+    assert compiled["compiled_anew"] == []
+
+
 def test_registers_are_the_recorded_ones(compiled):
     """More registers, fewer warps at a time: a change of them is made knowingly."""
     recorded = json.loads((SCRIPT.parent / "triton_registers.json").read_text())

@@ -22,6 +22,7 @@ from maskd_kernels.triton.common import (
     aligned,
     as_levels,
     feature_offsets,
+    integer,
     level_of,
     new_partials,
     partial_row,
@@ -66,7 +67,7 @@ def forward_tile(
     tl.store(attention + n * pixels + p, strength / channels, mask=inside)
 
 
-@triton.jit(do_not_specialize=["levels", "x_strides", "row_size"])
+@triton.jit(do_not_specialize=["row_size"])
 def forward_kernel(
     x,  # tuple: [N, C, P]
     attention,  # tuple: [N, P]
@@ -83,17 +84,17 @@ def forward_kernel(
     n = tl.program_id(1).to(tl.int64)
     level = level_of(tile, levels)
     for narrow in tl.static_range(2):
-        if pick(levels.wide, level) != narrow:
+        if integer(levels.wide, level) != narrow:
             forward_tile(
                 pick(x, level),
                 pick(attention, level),
                 partials + partial_row(tile, n, level, levels) * row_size,
                 n,
-                (tile - pick(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
-                pick(levels.channels, level),
-                pick(levels.pixels, level),
-                pick(x_strides.image, level),
-                pick(x_strides.rest, level),
+                (tile - integer(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
+                integer(levels.channels, level),
+                integer(levels.pixels, level),
+                integer(x_strides.image, level),
+                integer(x_strides.rest, level),
                 1 if narrow else WIDE,
                 NARROW_C if narrow else BLOCK_C,
                 BLOCK_P,
@@ -140,7 +141,7 @@ def backward_tile(
         tl.store(grad_x + at, gradient.to(grad_x.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=["levels", "x_strides"])
+@triton.jit
 def backward_kernel(
     x,  # tuple: [N, C, P]
     grad_attention,  # tuple: [N, P]
@@ -157,18 +158,18 @@ def backward_kernel(
     n = tl.program_id(1).to(tl.int64)
     level = level_of(tile, levels)
     for narrow in tl.static_range(2):
-        if pick(levels.wide, level) != narrow:
+        if integer(levels.wide, level) != narrow:
             backward_tile(
                 pick(x, level),
                 pick(grad_attention, level),
                 pick(grad_mean, level),
                 pick(grad_x, level),
                 n,
-                (tile - pick(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
-                pick(levels.channels, level),
-                pick(levels.pixels, level),
-                pick(x_strides.image, level),
-                pick(x_strides.rest, level),
+                (tile - integer(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
+                integer(levels.channels, level),
+                integer(levels.pixels, level),
+                integer(x_strides.image, level),
+                integer(x_strides.rest, level),
                 1 if narrow else WIDE,
                 NARROW_C if narrow else BLOCK_C,
                 BLOCK_P,
@@ -181,8 +182,8 @@ def backward_kernel(
 
 def forward(x: Sequence[Tensor], attention: Sequence[Tensor], mean: Sequence[Tensor]) -> None:
     maps, n = [(layout.dense_view(level),) for level in x], x[0].shape[0]
-    for run in runs(maps):
-        levels, own = as_levels(maps[run], STREAM_P), [level[0] for level in maps[run]]
+    for run, run_maps in runs(maps):
+        levels, own = as_levels(run_maps, STREAM_P), [level[0] for level in run_maps]
         row_size = max(levels.channels)
         partials = new_partials(levels, n, row_size, x[0])
         if partials.numel():
@@ -190,7 +191,7 @@ def forward(x: Sequence[Tensor], attention: Sequence[Tensor], mean: Sequence[Ten
                 pointers(own),
                 tuple(attention[run]),
                 partials,
-                levels,
+                levels.encoded(),
                 strides_of(own),
                 row_size,
                 BLOCK_C=STREAM_C,
@@ -206,15 +207,15 @@ def backward(
     x: Sequence[Tensor], grad_attention: Sequence[Tensor], grad_mean: Sequence[Tensor], out: Sequence[Tensor]
 ) -> None:
     maps, n = [(layout.dense_view(level),) for level in x], x[0].shape[0]
-    for run in runs(maps):
-        levels, own = as_levels(maps[run], STREAM_P), [level[0] for level in maps[run]]
+    for run, run_maps in runs(maps):
+        levels, own = as_levels(run_maps, STREAM_P), [level[0] for level in run_maps]
         if n and sum(levels.tiles):
             backward_kernel[sum(levels.tiles), n](
                 pointers(own),
                 tuple(grad_attention[run]),
                 tuple(grad_mean[run]),
                 tuple(out[run]),
-                levels,
+                levels.encoded(),
                 strides_of(own),
                 BLOCK_C=STREAM_C,
                 NARROW_C=NARROW_STREAM_C,

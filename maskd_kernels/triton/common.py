@@ -1,7 +1,7 @@
 """What the Triton kernels and their launchers share: levels of a pyramid, offsets, sums over tiles.
 
 One launch takes all levels of a pyramid: its grid is (tiles of all levels, images), and what belongs to a level is
-passed as a tuple with one entry per level, of which ``pick`` takes the program's own.
+passed as a tuple with one entry per level, of which ``pick`` and ``integer`` take the program's own.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ WIDE = tl.constexpr(8)  # elements of a 128-bit load of half types
 
 
 class Levels(NamedTuple):
-    """The levels of one launch, an entry per level in each field."""
+    """The levels of one launch, an entry per level in each field; kernels take them ``encoded``."""
 
     first_tile: tuple[int, ...]
     tiles: tuple[int, ...]  # of one image
     channels: tuple[int, ...]
     pixels: tuple[int, ...]
     wide: tuple[int, ...]  # 1 where rows start and end on multiples of 8 elements: the kernels' ``ALIGN``
+
+    def encoded(self) -> Levels:
+        return Levels(*map(encode, self))
 
 
 class Strides(NamedTuple):
@@ -42,9 +45,24 @@ class Strides(NamedTuple):
     rest: tuple[int, ...]  # of the axis that is not dense
 
 
+def encode(values: Sequence[int]) -> tuple[int, ...]:
+    """Integers of the levels as kernels take them, to be read by ``integer``.
+
+    Triton compiles anew for integers in tuples that are 1 or multiples of 16, even where told not to. These, odd and
+    greater than 1, are neither: image sizes may change at every step.
+    """
+    return tuple(2 * value + 3 for value in values)
+
+
+@triton.jit
+def decode(value):
+    """What was encoded."""
+    return (value - 3) // 2
+
+
 @triton.jit
 def pick(values, level):
-    """The entry of this level."""
+    """The entry of this level, of pointers."""
     result = values[0]
     for i in tl.static_range(1, len(values)):
         result = tl.where(level == i, values[i], result)
@@ -52,19 +70,25 @@ def pick(values, level):
 
 
 @triton.jit
+def integer(values, level):
+    """The entry of this level, of encoded integers."""
+    return decode(pick(values, level))
+
+
+@triton.jit
 def level_of(tile, levels):
     """The level that this tile of the grid belongs to."""
     level = 0
     for i in tl.static_range(1, len(levels.first_tile)):
-        level += (tile >= levels.first_tile[i]).to(tl.int32)
+        level += (tile >= decode(levels.first_tile[i])).to(tl.int32)
     return level
 
 
 @triton.jit
 def partial_row(tile, n, level, levels):
     """Where this program puts its partial sums: rows of one level, then of one image, lie together."""
-    first = pick(levels.first_tile, level)
-    return n * pick(levels.tiles, level) + (tl.num_programs(1) - 1) * first + tile
+    first = integer(levels.first_tile, level)
+    return n * integer(levels.tiles, level) + (tl.num_programs(1) - 1) * first + tile
 
 
 @triton.jit
@@ -81,7 +105,7 @@ def feature_offsets(n, c, p, stride_n, stride, INTERLEAVED: tl.constexpr):
     return n * stride_n + c[:, None].to(tl.int64) * stride + p[None, :]
 
 
-@triton.jit(do_not_specialize=["levels", "widths", "images", "row_size"])
+@triton.jit(do_not_specialize=["images", "row_size"])
 def reduce_kernel(
     partials,  # [images * tiles of all levels, row_size]
     out,  # tuple: [images or 1, width]
@@ -96,8 +120,8 @@ def reduce_kernel(
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n = tl.program_id(1)
     level = tl.program_id(2)
-    tiles, width = pick(levels.tiles, level), pick(widths, level)
-    row = tl.num_programs(1) * images * pick(levels.first_tile, level) + n * tiles
+    tiles, width = integer(levels.tiles, level), integer(widths, level)
+    row = tl.num_programs(1) * images * integer(levels.first_tile, level) + n * tiles
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, tiles * images, ROWS):
         r = start + tl.arange(0, ROWS)
@@ -109,16 +133,24 @@ def reduce_kernel(
 # ---- Launchers ---------------------------------------------------------------------------------
 
 
-def runs(levels: Sequence[Sequence[Feature]]) -> Iterator[slice]:
+Maps = Sequence[tuple[Feature, ...]]  # of each level
+
+
+def runs(maps: Maps) -> Iterator[tuple[slice, Maps]]:
     """Consecutive levels whose maps have the same dtypes and layouts: what one launch can handle. Mostly all."""
+    alike: list[tuple[Feature, ...]] = []
+    for level in maps:
+        if alike and level[0].shape[2] == 1:  # of either layout
+            level = tuple(m._replace(interleaved=b.interleaved) for m, b in zip(level, alike[-1], strict=True))
+        alike.append(level)
     start = 0
-    for _, group in groupby(levels, lambda maps: [(m.tensor.dtype, m.interleaved) for m in maps]):
-        stop = start + len(list(group))
-        yield slice(start, stop)
-        start = stop
+    for _, group in groupby(alike, lambda level: [(m.tensor.dtype, m.interleaved) for m in level]):
+        run = list(group)
+        yield slice(start, start + len(run)), run
+        start += len(run)
 
 
-def as_levels(maps: Sequence[Sequence[Feature]], block: int) -> Levels:
+def as_levels(maps: Maps, block: int) -> Levels:
     """Levels in tiles of ``block`` pixels; the first map of each gives the size, all of them what divides it."""
     sizes = [level[0].shape for level in maps]
     tiles = [triton.cdiv(pixels, block) for _, _, pixels in sizes]
@@ -141,9 +173,14 @@ def offsets(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(sum(sizes[:i]) for i in range(len(sizes)))
 
 
+def channel_alignment(channels: Sequence[int]) -> int:
+    """What divides the channels of all levels, which do not change with image sizes: the kernels' ``C_ALIGN``."""
+    return math.gcd(WIDE.value, *channels)
+
+
 def strides_of(maps: Sequence[Feature]) -> Strides:
-    """Strides of one map on all levels."""
-    return Strides(tuple(m.stride[0] for m in maps), tuple(m.rest_stride for m in maps))
+    """Strides of one map on all levels, encoded."""
+    return Strides(encode([m.stride[0] for m in maps]), encode([m.rest_stride for m in maps]))
 
 
 def pointers(maps: Sequence[Feature]) -> tuple[Tensor, ...]:
@@ -173,8 +210,8 @@ def reduce_tiles(
     reduce_kernel[grid](
         partials,
         tuple(out),
-        levels,
-        tuple(widths),
+        levels.encoded(),
+        encode(widths),
         1 if per_image else images,
         partials.shape[1],
         ROWS=rows,

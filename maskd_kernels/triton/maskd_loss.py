@@ -8,6 +8,7 @@ Float32 accuracy as in ``receptive_stats``; sums in a fixed order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,16 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from maskd_kernels.reference import TAPS, ReceptiveStats
-from maskd_kernels.triton.common import offsets, pick
+from maskd_kernels.triton.common import aligned, channel_alignment, encode, integer, offsets, pick
 from maskd_kernels.triton.receptive_stats import PRECISION, pad_tokens
 
 BLOCK_N = 16  # images
 BLOCK_C = 32  # channels of the convolution's output
-BLOCK_J = 64  # columns: its taps and input channels
+BLOCK_J = 32  # columns: its taps and input channels
 NUM_WARPS = 4
 
 
-@triton.jit(do_not_specialize=["channels", "pixels", "channel_offsets", "images", "total_channels", "blocks"])
+@triton.jit(do_not_specialize=["images", "total_channels", "blocks"])
 def weighting_kernel(
     conv_weight,  # tuple: [C, C * 9]
     conv_bias,  # tuple: [C]
@@ -39,6 +40,7 @@ def weighting_kernel(
     images,
     total_channels,
     blocks,
+    C_ALIGN: tl.constexpr,
     K: tl.constexpr,
     K_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -48,7 +50,7 @@ def weighting_kernel(
     block = tl.program_id(0)
     level = tl.program_id(1)
     conv, bias = pick(conv_weight, level), pick(conv_bias, level)
-    projection, size = pick(projection_weight, level), pick(channels, level)
+    projection, size = pick(projection_weight, level), aligned(integer(channels, level), C_ALIGN)
     k = tl.arange(0, K_PAD)
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
     combined = tl.zeros([K_PAD, BLOCK_J], tl.float32)
@@ -62,19 +64,19 @@ def weighting_kernel(
         combined = tl.dot(p, w, combined, input_precision=PRECISION)
         constant += tl.sum(p * tl.load(bias + c, mask=c < size, other=0.0)[None, :], 1)
     constant += tl.load(pick(projection_bias, level) + k, mask=k < K, other=0.0)
-    column = (j % 9) * total_channels + pick(channel_offsets, level) + j // 9
+    column = (j % 9) * total_channels + integer(channel_offsets, level) + j // 9
     for start in range(0, images, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         mask = (n < images)[:, None] & (j < 9 * size)[None, :]
         at = n[:, None].to(tl.int64) * (9 * total_channels) + column[None, :]
-        mean = tl.load(sums + at, mask=mask, other=0.0) / pick(pixels, level)  # [BLOCK_N, BLOCK_J]
+        mean = tl.load(sums + at, mask=mask, other=0.0) / integer(pixels, level)  # [BLOCK_N, BLOCK_J]
         part = tl.dot(mean, tl.trans(combined), input_precision=PRECISION)  # [BLOCK_N, K_PAD]
         part += tl.where(block == 0, constant, 0.0)[None, :]
         to = ((level * blocks + block) * images + n[:, None]) * K + k[None, :]
         tl.store(logits + to, part, mask=(n < images)[:, None] & (k < K)[None, :])
 
 
-@triton.jit(do_not_specialize=["channels", "blocks", "eps"])
+@triton.jit(do_not_specialize=["blocks", "eps"])
 def share_kernel(
     mass,  # [levels, N, K]
     error,  # [levels, N, K]
@@ -106,7 +108,7 @@ def share_kernel(
         weight = weight / tl.sum(weight, 0)
     at = (level * images + n) * K + k
     size = tl.maximum(tl.load(mass + at, mask=k < K, other=1.0) + eps, TINY)
-    part = weight / size / (pick(channels, level).to(tl.float32) * images)
+    part = weight / size / (integer(channels, level).to(tl.float32) * images)
     tl.store(share + at, part, mask=k < K)
     e = tl.load(error + at, mask=k < K, other=0.0)
     tl.store(loss + level * images + n, tl.sum(part * e, 0))
@@ -131,7 +133,7 @@ def shares(
             logits,
             share,
             loss,
-            channels,
+            encode(channels),
             blocks,
             eps,
             K=k,
@@ -160,12 +162,13 @@ def _logits(
             projection_bias,
             stats.sums,
             logits,
-            channels,
-            tuple(max(t[0, 0].numel(), 1) for t in teacher),
-            offsets(channels),
+            encode(channels),
+            encode([max(math.prod(t.shape[2:]), 1) for t in teacher]),
+            encode(offsets(channels)),
             n,
             sum(channels),
             blocks,
+            C_ALIGN=channel_alignment(channels),
             K=k,
             K_PAD=pad_tokens(k),
             BLOCK_N=BLOCK_N,

@@ -1,7 +1,7 @@
 """Triton kernels of ``receptive_stats``.
 
 Forward equation, gradients and traffic: csrc/receptive_stats.h and reference.py. One program takes a tile
-of ``BLOCK_P`` pixels of one image on one level and walks its channels ``BLOCK_C`` at a time; tokens are padded to
+of pixels of one image on one level and walks its channels ``BLOCK_C`` at a time; tokens are padded to
 the 16 rows that ``tl.dot`` wants. Everything accumulates in float32, and products keep float32's accuracy on tensor
 cores by three TF32 products each (``tf32x3``); one does only where it is exact. Each program writes its own partial
 sums and a second kernel adds them in a fixed order, so that results are bitwise repeatable. Offsets are
@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from maskd_kernels.ops import layout
-from maskd_kernels.ops.layout import Feature
 from maskd_kernels.reference import TAPS, ReceptiveStats
 from maskd_kernels.triton.common import (
     NARROW_STREAM_C,
@@ -25,9 +24,13 @@ from maskd_kernels.triton.common import (
     STREAM_P,
     STREAM_WARPS,
     WIDE,
+    Maps,
     aligned,
     as_levels,
+    channel_alignment,
+    encode,
     feature_offsets,
+    integer,
     level_of,
     new_partials,
     offsets,
@@ -42,8 +45,6 @@ from maskd_kernels.triton.common import (
 
 BLOCK_C = 32
 NARROW_C = 16  # of levels whose rows are not whole vectors: every element has an address of its own
-BLOCK_P = 64
-NUM_WARPS = 4
 PRECISION = tl.constexpr("tf32x3")
 
 
@@ -91,6 +92,7 @@ def forward_tile(
     student_n,
     student_stride,
     ALIGN: tl.constexpr,
+    C_ALIGN: tl.constexpr,
     K: tl.constexpr,
     K_PAD: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -106,6 +108,7 @@ def forward_tile(
     k = tl.arange(0, K_PAD)
     teacher_n, teacher_stride = aligned(teacher_n, ALIGN), aligned(teacher_stride, ALIGN)
     student_n, student_stride = aligned(student_n, ALIGN), aligned(student_stride, ALIGN)
+    channels = aligned(channels, C_ALIGN)
     if TEACHER_INTERLEAVED or STUDENT_INTERLEAVED:
         channels = aligned(channels, ALIGN)
     if not (TEACHER_INTERLEAVED and STUDENT_INTERLEAVED):
@@ -162,11 +165,7 @@ def forward_tile(
         tl.store(partial + 2 * K + k[:, None] * K + k[None, :], gram, mask=(k < K)[:, None] & (k < K)[None, :])
 
 
-@triton.jit(
-    do_not_specialize=[
-        "levels", "widths", "pixel_offsets", "total_pixels", "row_size", "teacher_strides", "student_strides"
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["total_pixels", "row_size"])
 def forward_kernel(
     teacher,  # tuple: [N, C, P]
     student,  # tuple: [N, C, P]
@@ -183,6 +182,7 @@ def forward_kernel(
     row_size,
     teacher_strides,
     student_strides,
+    C_ALIGN: tl.constexpr,
     K: tl.constexpr,
     K_PAD: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -199,7 +199,7 @@ def forward_kernel(
     n = tl.program_id(1).to(tl.int64)
     level = level_of(tile, levels)
     for narrow in tl.static_range(2):
-        if pick(levels.wide, level) != narrow:
+        if integer(levels.wide, level) != narrow:
             forward_tile(
                 pick(teacher, level),
                 pick(student, level),
@@ -211,18 +211,19 @@ def forward_kernel(
                 partials,
                 n,
                 partial_row(tile, n, level, levels),
-                tile - pick(levels.first_tile, level),
-                pick(levels.channels, level),
-                pick(levels.pixels, level),
-                pick(widths, level),
+                tile - integer(levels.first_tile, level),
+                integer(levels.channels, level),
+                integer(levels.pixels, level),
+                integer(widths, level),
                 total_pixels,
-                pick(pixel_offsets, level),
+                integer(pixel_offsets, level),
                 row_size,
-                pick(teacher_strides.image, level),
-                pick(teacher_strides.rest, level),
-                pick(student_strides.image, level),
-                pick(student_strides.rest, level),
+                integer(teacher_strides.image, level),
+                integer(teacher_strides.rest, level),
+                integer(student_strides.image, level),
+                integer(student_strides.rest, level),
                 1 if narrow else WIDE,
+                C_ALIGN,
                 K,
                 K_PAD,
                 NARROW_C if narrow else BLOCK_C,
@@ -236,7 +237,7 @@ def forward_kernel(
             )
 
 
-@triton.jit(do_not_specialize=["levels", "widths", "channel_offsets", "total_channels", "row_size"])
+@triton.jit(do_not_specialize=["total_channels", "row_size"])
 def reduce_stats_kernel(
     partials,  # [N * tiles, row_size] of forward_kernel
     mass,  # [levels, N, K]
@@ -259,13 +260,13 @@ def reduce_stats_kernel(
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n = tl.program_id(1)
     level = tl.program_id(2)
-    tiles = pick(levels.tiles, level)
-    channels = pick(levels.channels, level)
+    tiles = integer(levels.tiles, level)
+    channels = integer(levels.channels, level)
     column, tap = i, (i - SUMS_AT) // channels
     if SUMS:
         column = tl.where(i < SUMS_AT, i, i + (3 + tap % 3 - tap) * channels)  # where other tiles have it
-    pixels, width = pick(levels.pixels, level), pick(widths, level)
-    row = tl.num_programs(1) * pick(levels.first_tile, level) + n * tiles
+    pixels, width = integer(levels.pixels, level), integer(widths, level)
+    row = tl.num_programs(1) * integer(levels.first_tile, level) + n * tiles
     partial = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, tiles, ROWS):
         tile = start + tl.arange(0, ROWS)
@@ -281,7 +282,7 @@ def reduce_stats_kernel(
             tl.store(error + at * K + (i - K), total, mask=(i >= K) & (i < 2 * K))
         tl.store(gram + at * (K * K) + (i - 2 * K), total, mask=(i >= 2 * K) & (i < 2 * K + K * K))
     if SUMS:
-        to = (n * 9 + tap) * total_channels + pick(channel_offsets, level) + (i - SUMS_AT) % channels
+        to = (n * 9 + tap) * total_channels + integer(channel_offsets, level) + (i - SUMS_AT) % channels
         tl.store(sums + to, total, mask=(i >= SUMS_AT) & (tap < 9))
 
 
@@ -317,6 +318,7 @@ def backward_tile(
     student_n,
     student_stride,
     ALIGN: tl.constexpr,
+    C_ALIGN: tl.constexpr,
     K: tl.constexpr,
     K_PAD: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -339,6 +341,7 @@ def backward_tile(
     k = tl.arange(0, K_PAD)
     teacher_n, teacher_stride = aligned(teacher_n, ALIGN), aligned(teacher_stride, ALIGN)
     student_n, student_stride = aligned(student_n, ALIGN), aligned(student_stride, ALIGN)
+    channels = aligned(channels, C_ALIGN)
     if TEACHER_INTERLEAVED or STUDENT_INTERLEAVED:
         channels = aligned(channels, ALIGN)
     if not (TEACHER_INTERLEAVED and STUDENT_INTERLEAVED):
@@ -411,12 +414,7 @@ def backward_tile(
             tl.store(grad_teacher + grad_at, d_teacher.to(grad_teacher.dtype.element_ty), mask=valid)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "levels", "widths", "pixel_offsets", "total_pixels", "channel_offsets", "total_channels", "row_size",
-        "teacher_strides", "student_strides",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["total_pixels", "total_channels", "row_size"])
 def backward_kernel(
     teacher,  # tuple: [N, C, P]
     student,  # tuple: [N, C, P]
@@ -442,6 +440,7 @@ def backward_kernel(
     row_size,
     teacher_strides,
     student_strides,
+    C_ALIGN: tl.constexpr,
     K: tl.constexpr,
     K_PAD: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -466,7 +465,7 @@ def backward_kernel(
     n = tl.program_id(1).to(tl.int64)
     level = level_of(tile, levels)
     for narrow in tl.static_range(2):
-        if pick(levels.wide, level) != narrow:
+        if integer(levels.wide, level) != narrow:
             backward_tile(
                 pick(teacher, level),
                 pick(student, level),
@@ -485,19 +484,20 @@ def backward_kernel(
                 partials + partial_row(tile, n, level, levels) * row_size,
                 n,
                 level * tl.num_programs(1) + n,
-                (tile - pick(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
-                pick(levels.channels, level),
-                pick(levels.pixels, level),
-                pick(widths, level),
+                (tile - integer(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
+                integer(levels.channels, level),
+                integer(levels.pixels, level),
+                integer(widths, level),
                 total_pixels,
-                pick(pixel_offsets, level),
+                integer(pixel_offsets, level),
                 total_channels,
-                pick(channel_offsets, level),
-                pick(teacher_strides.image, level),
-                pick(teacher_strides.rest, level),
-                pick(student_strides.image, level),
-                pick(student_strides.rest, level),
+                integer(channel_offsets, level),
+                integer(teacher_strides.image, level),
+                integer(teacher_strides.rest, level),
+                integer(student_strides.image, level),
+                integer(student_strides.rest, level),
                 1 if narrow else WIDE,
+                C_ALIGN,
                 K,
                 K_PAD,
                 NARROW_C if narrow else BLOCK_C,
@@ -522,11 +522,21 @@ def backward_kernel(
 # ---- Launchers ---------------------------------------------------------------------------------
 
 
-def backward_blocks(wants_logits: bool, element_size: int) -> tuple[int, int, int, int]:
-    """Channels per step, wide and narrow, pixels, and warps: no register spills, and 128 bits or more per thread."""
+# Channels per step, wide and narrow, pixels, and warps: no register spills, and 128 bits of a tile or more per thread.
+
+
+def forward_blocks(element_size: int) -> tuple[int, int, int, int]:
+    return BLOCK_C, NARROW_C, 64 if element_size == 2 else 32, 4
+
+
+def backward_blocks(element_size: int, wants_logits: bool) -> tuple[int, int, int, int]:
     if not wants_logits:
         return STREAM_C, NARROW_STREAM_C, STREAM_P, STREAM_WARPS
-    return BLOCK_C, NARROW_C, BLOCK_P, 2 * NUM_WARPS if element_size == 4 else NUM_WARPS
+    return (BLOCK_C, NARROW_C, 32, 4) if element_size == 2 else (BLOCK_C, NARROW_C, 64, 8)
+
+
+def _element_size(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> int:
+    return max(x.element_size() for x in (*teacher, *student))
 
 
 def pad_tokens(num_tokens: int) -> int:
@@ -534,13 +544,13 @@ def pad_tokens(num_tokens: int) -> int:
     return max(16, triton.next_power_of_2(num_tokens))
 
 
-def _dense(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> list[tuple[Feature, ...]]:
+def _dense(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Maps:
     """Per level its teacher, and its student where there is one. Their layouts may differ."""
     levels = zip(teacher, student, strict=True) if student else zip(teacher, strict=True)
     return [tuple(layout.dense_view(x) for x in level) for level in levels]
 
 
-def _features(maps: Sequence[tuple[Feature, ...]]) -> dict[str, object]:
+def _features(maps: Maps) -> dict[str, object]:
     """The arguments that both kernels take of the two maps."""
     t, s = [level[0] for level in maps], [level[-1] for level in maps]
     return {
@@ -566,35 +576,37 @@ def forward(
     widths = tuple(x.shape[3] if x.dim() == 4 else 0 for x in teacher)
     pixel_offsets = offsets([level[0].shape[2] for level in maps])
     channel_offsets = offsets([level[0].shape[1] for level in maps])
+    block_c, narrow_c, block_p, warps = forward_blocks(_element_size(teacher, student))
     # The sums start on a multiple of 16 elements.
     sums_at = triton.cdiv(2 * k + k * k, 16) * 16
-    for run in runs(maps):
-        levels = as_levels(maps[run], BLOCK_P)
+    for run, run_maps in runs(maps):
+        levels = as_levels(run_maps, block_p)
         row_size = sums_at + (TAPS * max(levels.channels) if wants_sums else 0)
         partials = new_partials(levels, n, row_size, teacher[0])
         if n and sum(levels.tiles):
             forward_kernel[sum(levels.tiles), n](
-                tokens=tuple(e.contiguous() for e in tokens[run]) if tokens else pointers([x[0] for x in maps[run]]),
+                tokens=tuple(e.contiguous() for e in tokens[run]) if tokens else pointers([x[0] for x in run_maps]),
                 customize=out.mass if customize is None else customize,
                 masks=out.masks,
                 teacher_masks=out.teacher_masks,
                 distance=out.distance,
                 partials=partials,
-                levels=levels,
-                widths=widths[run],
-                pixel_offsets=pixel_offsets[run],
+                levels=levels.encoded(),
+                widths=encode(widths[run]),
+                pixel_offsets=encode(pixel_offsets[run]),
                 total_pixels=out.masks.shape[2],
                 row_size=row_size,
-                **_features(maps[run]),
+                **_features(run_maps),
+                C_ALIGN=channel_alignment(levels.channels),
                 K=k,
                 K_PAD=pad_tokens(k),
-                BLOCK_C=BLOCK_C,
-                NARROW_C=NARROW_C,
-                BLOCK_P=BLOCK_P,
+                BLOCK_C=block_c,
+                NARROW_C=narrow_c,
+                BLOCK_P=block_p,
                 CUSTOMIZE=customize is not None and k > 0 and len(student) > 0,
                 SUMS=wants_sums,
                 SUMS_AT=sums_at,
-                num_warps=NUM_WARPS,
+                num_warps=warps,
             )
         if n and row_size:
             block, rows = reduce_shape(row_size)
@@ -604,16 +616,16 @@ def forward(
                 out.error[run] if student else out.mass,
                 out.gram[run],
                 out.sums,
-                levels,
-                widths[run],
-                channel_offsets[run],
+                levels.encoded(),
+                encode(widths[run]),
+                encode(channel_offsets[run]),
                 sum(x.shape[1] for x in teacher),
                 row_size,
                 K=k,
                 HAS_STUDENT=len(student) > 0,
                 SUMS=wants_sums,
                 SUMS_AT=sums_at,
-                BLOCK_P=BLOCK_P,
+                BLOCK_P=block_p,
                 ROWS=rows,
                 BLOCK=block,
                 num_warps=4,
@@ -635,14 +647,15 @@ def backward(
     widths = tuple(x.shape[3] if x.dim() == 4 else 0 for x in teacher)
     pixel_offsets = offsets([level[0].shape[2] for level in maps])
     channel_offsets = offsets([level[0].shape[1] for level in maps])
-    block_c, narrow_c, block_p, warps = backward_blocks(bool(grad_teacher or grad_tokens), teacher[0].element_size())
+    wants_logits = bool(grad_teacher or grad_tokens)
+    block_c, narrow_c, block_p, warps = backward_blocks(_element_size(teacher, student), wants_logits)
 
     def of_run(x: Tensor | None, run: slice) -> Tensor:
         return nothing if x is None else x[run]
 
-    for run in runs(maps):
-        levels = as_levels(maps[run], block_p)
-        own = pointers([level[0] for level in maps[run]])
+    for run, run_maps in runs(maps):
+        levels = as_levels(run_maps, block_p)
+        own = pointers([level[0] for level in run_maps])
         row_size = k * max(levels.channels) if grad_tokens else 0
         partials = new_partials(levels, n, row_size, teacher[0])
         if n and sum(levels.tiles):
@@ -660,20 +673,21 @@ def backward(
                 grad_teacher=tuple(grad_teacher[run]) if grad_teacher else own,
                 grad_student=tuple(grad_student[run]) if grad_student else own,
                 partials=partials,
-                levels=levels,
-                widths=widths[run],
-                pixel_offsets=pixel_offsets[run],
+                levels=levels.encoded(),
+                widths=encode(widths[run]),
+                pixel_offsets=encode(pixel_offsets[run]),
                 total_pixels=saved.masks.shape[2],
-                channel_offsets=channel_offsets[run],
+                channel_offsets=encode(channel_offsets[run]),
                 total_channels=sum(x.shape[1] for x in teacher),
                 row_size=row_size,
-                **_features(maps[run]),
+                **_features(run_maps),
+                C_ALIGN=channel_alignment(levels.channels),
                 K=k,
                 K_PAD=pad_tokens(k),
                 BLOCK_C=block_c,
                 NARROW_C=narrow_c,
                 BLOCK_P=block_p,
-                GRAD_INTERLEAVED=maps[run][0][-1].interleaved,
+                GRAD_INTERLEAVED=run_maps[0][-1].interleaved,
                 CUSTOMIZE=saved.teacher_masks.numel() > 0,
                 HAS_MASKS=grad_masks is not None,
                 HAS_DISTANCE=grad_distance is not None,

@@ -22,6 +22,7 @@ from maskd_kernels.triton.common import (
     aligned,
     as_levels,
     feature_offsets,
+    integer,
     level_of,
     pick,
     pointers,
@@ -65,7 +66,7 @@ def forward_tile(
         tl.store(y + at, value.to(y.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=["levels", "x_strides", "y_strides"])
+@triton.jit
 def forward_kernel(
     x,  # tuple: [N, C, P]
     scale,  # tuple: [N, P]
@@ -82,19 +83,19 @@ def forward_kernel(
     n = tl.program_id(1).to(tl.int64)
     level = level_of(tile, levels)
     for narrow in tl.static_range(2):
-        if pick(levels.wide, level) != narrow:
+        if integer(levels.wide, level) != narrow:
             forward_tile(
                 pick(x, level),
                 pick(scale, level),
                 pick(y, level),
                 n,
-                (tile - pick(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
-                pick(levels.channels, level),
-                pick(levels.pixels, level),
-                pick(x_strides.image, level),
-                pick(x_strides.rest, level),
-                pick(y_strides.image, level),
-                pick(y_strides.rest, level),
+                (tile - integer(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
+                integer(levels.channels, level),
+                integer(levels.pixels, level),
+                integer(x_strides.image, level),
+                integer(x_strides.rest, level),
+                integer(y_strides.image, level),
+                integer(y_strides.rest, level),
                 1 if narrow else WIDE,
                 NARROW_C if narrow else BLOCK_C,
                 BLOCK_P,
@@ -152,7 +153,7 @@ def backward_tile(
         tl.store(grad_scale + n * pixels + p, d_scale, mask=inside)
 
 
-@triton.jit(do_not_specialize=["levels", "x_strides", "grad_y_strides", "grad_x_strides"])
+@triton.jit
 def backward_kernel(
     x,  # tuple: [N, C, P]
     scale,  # tuple: [N, P]
@@ -175,7 +176,7 @@ def backward_kernel(
     n = tl.program_id(1).to(tl.int64)
     level = level_of(tile, levels)
     for narrow in tl.static_range(2):
-        if pick(levels.wide, level) != narrow:
+        if integer(levels.wide, level) != narrow:
             backward_tile(
                 pick(x, level),
                 pick(scale, level),
@@ -183,15 +184,15 @@ def backward_kernel(
                 pick(grad_x, level),
                 pick(grad_scale, level),
                 n,
-                (tile - pick(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
-                pick(levels.channels, level),
-                pick(levels.pixels, level),
-                pick(x_strides.image, level),
-                pick(x_strides.rest, level),
-                pick(grad_y_strides.image, level),
-                pick(grad_y_strides.rest, level),
-                pick(grad_x_strides.image, level),
-                pick(grad_x_strides.rest, level),
+                (tile - integer(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
+                integer(levels.channels, level),
+                integer(levels.pixels, level),
+                integer(x_strides.image, level),
+                integer(x_strides.rest, level),
+                integer(grad_y_strides.image, level),
+                integer(grad_y_strides.rest, level),
+                integer(grad_x_strides.image, level),
+                integer(grad_x_strides.rest, level),
                 1 if narrow else WIDE,
                 NARROW_C if narrow else BLOCK_C,
                 BLOCK_P,
@@ -207,14 +208,14 @@ def backward_kernel(
 
 def forward(x: Sequence[Tensor], scale: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     maps = [(layout.dense_view(level), layout.dense_view(y)) for level, y in zip(x, out, strict=True)]
-    for run in runs(maps):
-        levels, (a, y) = as_levels(maps[run], STREAM_P), zip(*maps[run], strict=True)
+    for run, run_maps in runs(maps):
+        levels, (a, y) = as_levels(run_maps, STREAM_P), zip(*run_maps, strict=True)
         if x[0].shape[0] and sum(levels.tiles):
             forward_kernel[sum(levels.tiles), x[0].shape[0]](
                 pointers(a),
                 tuple(scale[run]),
                 pointers(y),
-                levels,
+                levels.encoded(),
                 strides_of(a),
                 strides_of(y),
                 BLOCK_C=STREAM_C,
@@ -233,8 +234,8 @@ def backward(
     grad_scale: Sequence[Tensor],  # likewise
 ) -> None:
     maps = [tuple(map(layout.dense_view, level)) for level in zip(x, grad, grad_x or x, strict=True)]
-    for run in runs(maps):
-        levels, (a, g, result) = as_levels(maps[run], STREAM_P), zip(*maps[run], strict=True)
+    for run, run_maps in runs(maps):
+        levels, (a, g, result) = as_levels(run_maps, STREAM_P), zip(*run_maps, strict=True)
         if x[0].shape[0] and sum(levels.tiles):
             backward_kernel[sum(levels.tiles), x[0].shape[0]](
                 pointers(a),
@@ -242,7 +243,7 @@ def backward(
                 pointers(g),
                 pointers(result),
                 tuple(grad_scale[run] if grad_scale else scale[run]),
-                levels,
+                levels.encoded(),
                 strides_of(a),
                 strides_of(g),
                 strides_of(result),

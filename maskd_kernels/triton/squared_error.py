@@ -22,6 +22,7 @@ from maskd_kernels.triton.common import (
     aligned,
     as_levels,
     feature_offsets,
+    integer,
     level_of,
     new_partials,
     partial_row,
@@ -75,7 +76,7 @@ def forward_tile(
     tl.store(partial, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["levels", "pred_strides", "target_strides"])
+@triton.jit
 def forward_kernel(
     pred,  # tuple: [N, C, P]
     target,  # tuple: [N, C, P]
@@ -95,20 +96,20 @@ def forward_kernel(
     n = tl.program_id(1).to(tl.int64)
     level = level_of(tile, levels)
     for narrow in tl.static_range(2):
-        if pick(levels.wide, level) != narrow:
+        if integer(levels.wide, level) != narrow:
             forward_tile(
                 pick(pred, level),
                 pick(target, level),
                 pick(scale, level),
                 partials + partial_row(tile, n, level, levels),
                 n,
-                (tile - pick(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
-                pick(levels.channels, level),
-                pick(levels.pixels, level),
-                pick(pred_strides.image, level),
-                pick(pred_strides.rest, level),
-                pick(target_strides.image, level),
-                pick(target_strides.rest, level),
+                (tile - integer(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
+                integer(levels.channels, level),
+                integer(levels.pixels, level),
+                integer(pred_strides.image, level),
+                integer(pred_strides.rest, level),
+                integer(target_strides.image, level),
+                integer(target_strides.rest, level),
                 1 if narrow else WIDE,
                 NARROW_C if narrow else BLOCK_C,
                 BLOCK_P,
@@ -176,7 +177,7 @@ def backward_tile(
             tl.store(partial + c, tl.sum(value * e, 1), mask=c < channels)
 
 
-@triton.jit(do_not_specialize=["levels", "pred_strides", "target_strides", "row_size"])
+@triton.jit(do_not_specialize=["row_size"])
 def backward_kernel(
     pred,  # tuple: [N, C, P]
     target,  # tuple: [N, C, P]
@@ -203,7 +204,7 @@ def backward_kernel(
     n = tl.program_id(1).to(tl.int64)
     level = level_of(tile, levels)
     for narrow in tl.static_range(2):
-        if pick(levels.wide, level) != narrow:
+        if integer(levels.wide, level) != narrow:
             backward_tile(
                 pick(pred, level),
                 pick(target, level),
@@ -213,13 +214,13 @@ def backward_kernel(
                 pick(grad_target, level),
                 partials + partial_row(tile, n, level, levels) * row_size,
                 n,
-                (tile - pick(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
-                pick(levels.channels, level),
-                pick(levels.pixels, level),
-                pick(pred_strides.image, level),
-                pick(pred_strides.rest, level),
-                pick(target_strides.image, level),
-                pick(target_strides.rest, level),
+                (tile - integer(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
+                integer(levels.channels, level),
+                integer(levels.pixels, level),
+                integer(pred_strides.image, level),
+                integer(pred_strides.rest, level),
+                integer(target_strides.image, level),
+                integer(target_strides.rest, level),
                 1 if narrow else WIDE,
                 NARROW_C if narrow else BLOCK_C,
                 BLOCK_P,
@@ -237,8 +238,8 @@ def backward_kernel(
 
 def forward(pred: Sequence[Tensor], target: Sequence[Tensor], scale: Sequence[Tensor], out: Tensor) -> None:
     maps, n = [tuple(map(layout.dense_view, level)) for level in zip(pred, target, strict=True)], pred[0].shape[0]
-    for run in runs(maps):
-        levels, (p, t) = as_levels(maps[run], STREAM_P), zip(*maps[run], strict=True)
+    for run, run_maps in runs(maps):
+        levels, (p, t) = as_levels(run_maps, STREAM_P), zip(*run_maps, strict=True)
         partials = new_partials(levels, n, 1, out)
         if partials.numel():
             forward_kernel[sum(levels.tiles), n](
@@ -246,7 +247,7 @@ def forward(pred: Sequence[Tensor], target: Sequence[Tensor], scale: Sequence[Te
                 pointers(t),
                 tuple(scale[run]) if scale else (partials,) * len(p),
                 partials,
-                levels,
+                levels.encoded(),
                 strides_of(p),
                 strides_of(t),
                 BLOCK_C=STREAM_C,
@@ -270,8 +271,8 @@ def backward(
     grad_scale: Sequence[Tensor],  # likewise
 ) -> None:
     maps, n = [tuple(map(layout.dense_view, level)) for level in zip(pred, target, strict=True)], pred[0].shape[0]
-    for run in runs(maps):
-        levels, (p, t) = as_levels(maps[run], STREAM_P), zip(*maps[run], strict=True)
+    for run, run_maps in runs(maps):
+        levels, (p, t) = as_levels(run_maps, STREAM_P), zip(*run_maps, strict=True)
         row_size = max(levels.channels) if grad_scale else 0
         partials = new_partials(levels, n, row_size, grad)
         if n and sum(levels.tiles):
@@ -283,7 +284,7 @@ def backward(
                 tuple(grad_pred[run]) if grad_pred else pointers(p),
                 tuple(grad_target[run]) if grad_target else pointers(p),
                 partials,
-                levels,
+                levels.encoded(),
                 strides_of(p),
                 strides_of(t),
                 row_size,
