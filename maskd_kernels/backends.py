@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 from types import TracebackType
@@ -12,6 +13,7 @@ import torch
 from maskd_kernels import native
 
 BACKENDS = ("auto", "reference", "native", "triton")
+OLDEST_TRITON = (3, 4)  # the first whose kernels take tuples: PyTorch 2.8's
 
 
 class BackendUnavailableError(RuntimeError):
@@ -75,6 +77,9 @@ def why_no_triton(device_type: str) -> str | None:
     """The reason Triton cannot run on this device type; None where it can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {'.'.join(map(str, OLDEST_TRITON))} or newer is needed, got {version}"
     if device_type == "cuda" or (device_type == "cpu" and interpreting()):
         return None
     return f"it runs on CUDA tensors, got {device_type} (on CPU only by its interpreter: TRITON_INTERPRET=1)"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import DEVICE, assert_close, check_stats, features
 
-from maskd_kernels import BackendUnavailableError, native, use_backend
+from maskd_kernels import BackendUnavailableError, backends, native, use_backend
 from maskd_kernels.ops.receptive_stats import receptive_stats
 
 LAYOUTS = ["contiguous", "channels_last", "sliced", "rows", "every_other"]
@@ -339,6 +339,13 @@ def test_autocast_changes_nothing(backend):
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             cast = receptive_stats(t, e, s, None, True)
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+def test_triton_that_is_too_old(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "3.3.1")
+    reason = backends.why_no_triton.__wrapped__("cuda")
+    assert reason == "triton 3.4 or newer is needed, got 3.3.1"
 
 
 def test_forced_backend_that_cannot_run():

@@ -1,7 +1,7 @@
 """Triton kernels of ``receptive_stats``.
 
 Forward equation, gradients and traffic: csrc/receptive_stats.h and reference.py. One program takes a tile
-of pixels of one image on one level and walks its channels ``BLOCK_C`` at a time; tokens are padded to
+of pixels of one image on one level and walks its channels; tokens are padded to
 the 16 rows that ``tl.dot`` wants. Everything accumulates in float32, and products keep float32's accuracy on tensor
 cores by three TF32 products each (``tf32x3``); one does only where it is exact. Each program writes its own partial
 sums and a second kernel adds them in a fixed order, so that results are bitwise repeatable. Offsets are
@@ -43,8 +43,6 @@ from maskd_kernels.triton.common import (
     strides_of,
 )
 
-BLOCK_C = 32
-NARROW_C = 16  # of levels whose rows are not whole vectors: every element has an address of its own
 PRECISION = tl.constexpr("tf32x3")
 
 
@@ -522,17 +520,18 @@ def backward_kernel(
 # ---- Launchers ---------------------------------------------------------------------------------
 
 
-# Channels per step, wide and narrow, pixels, and warps: no register spills, and 128 bits of a tile or more per thread.
+# Channels per step, where rows are whole vectors and where they are not; pixels; warps. Nothing spills, and a thread
+# has 128 bits of a tile or more.
 
 
 def forward_blocks(element_size: int) -> tuple[int, int, int, int]:
-    return BLOCK_C, NARROW_C, 64 if element_size == 2 else 32, 4
+    return (32, 16, 64, 4) if element_size == 2 else (16, 16, 64, 4)
 
 
 def backward_blocks(element_size: int, wants_logits: bool) -> tuple[int, int, int, int]:
     if not wants_logits:
         return STREAM_C, NARROW_STREAM_C, STREAM_P, STREAM_WARPS
-    return (BLOCK_C, NARROW_C, 32, 4) if element_size == 2 else (BLOCK_C, NARROW_C, 64, 8)
+    return (32, 16, 32, 4) if element_size == 2 else (32, 16, 64, 8)
 
 
 def _element_size(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> int:
