@@ -84,7 +84,7 @@ def test_cuda_graph():
         assert all(torch.equal(a, b) for a, b in zip(results, step(eager, student, teacher), strict=True))
 
 
-def test_other_stream_and_device_guard():
+def test_another_stream():
     student, teacher = [x.requires_grad_() for x in pyramid()], pyramid()
     loss_fn = MasKDLoss([64] * 3, custom_mask=False).cuda()
     expected = step(loss_fn, student, teacher)
@@ -94,6 +94,17 @@ def test_other_stream_and_device_guard():
         results = step(loss_fn, student, teacher)
     stream.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device():
+    """Tensors on a device that is not the current one."""
+    student, teacher = [x.requires_grad_() for x in pyramid()], pyramid()
+    loss_fn = MasKDLoss([64] * 3, custom_mask=False).cuda()
+    expected = step(loss_fn, student, teacher)
+    student = [x.detach().to("cuda:1").requires_grad_() for x in student]
+    results = step(loss_fn.to("cuda:1"), student, [x.to("cuda:1") for x in teacher])
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(results, expected, strict=True))
 
 
 def test_int64_offsets():

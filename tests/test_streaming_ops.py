@@ -5,7 +5,7 @@ import torch
 from helpers import CAP, DEVICE, assert_close, features
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maskd_kernels import native, reference, use_backend
+from maskd_kernels import backends, native, reference, use_backend
 from maskd_kernels.ops.attention_stats import attention_stats
 from maskd_kernels.ops.scale_pixels import scale_pixels
 from maskd_kernels.ops.squared_error import squared_error
@@ -142,6 +142,18 @@ def test_levels_that_differ(backend, operator):
         OPERATORS[operator][2]((2, 16, 2, 4), torch.bfloat16),
     ]
     check(backend, operator, [[x for level in levels for x in level[i]] for i in range(len(levels[0]))])
+
+
+def test_triton_launches_on_the_device_of_its_tensors(operator, monkeypatch):
+    if reason := backends.why_unavailable("triton", DEVICE, torch.float32):
+        pytest.skip(reason)
+    inputs, entered, guard = OPERATORS[operator][2]((2, 10, 7, 9)), [], torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: (entered.append(x), guard(x))[1])
+    with use_backend("triton"):
+        outputs = flat(OPERATORS[operator][0](*inputs))
+        assert [x.data_ptr() for x in entered] == [inputs[0][0].data_ptr()]
+        differentiate(outputs, [x for group in inputs for x in group], "sum")
+    assert [x.data_ptr() for x in entered] == [inputs[0][0].data_ptr()] * 2
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3)])

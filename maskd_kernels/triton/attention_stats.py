@@ -25,6 +25,7 @@ from maskd_kernels.triton.common import (
     integer,
     level_of,
     new_partials,
+    on_its_device,
     partial_row,
     pick,
     pointers,
@@ -180,6 +181,7 @@ def backward_kernel(
 # ---- Launchers ---------------------------------------------------------------------------------
 
 
+@on_its_device
 def forward(x: Sequence[Tensor], attention: Sequence[Tensor], mean: Sequence[Tensor]) -> None:
     maps, n = [(layout.dense_view(level),) for level in x], x[0].shape[0]
     for run, run_maps in runs(maps):
@@ -203,6 +205,7 @@ def forward(x: Sequence[Tensor], attention: Sequence[Tensor], mean: Sequence[Ten
         reduce_tiles(partials, mean[run], levels, levels.channels, n)
 
 
+@on_its_device
 def backward(
     x: Sequence[Tensor], grad_attention: Sequence[Tensor], grad_mean: Sequence[Tensor], out: Sequence[Tensor]
 ) -> None:

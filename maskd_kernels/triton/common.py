@@ -6,10 +6,11 @@ passed as a tuple with one entry per level, of which ``pick`` and ``integer`` ta
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -131,6 +132,17 @@ def reduce_kernel(
 
 
 # ---- Launchers ---------------------------------------------------------------------------------
+
+
+def on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """Has the launches go to the device of the first argument's first tensor, whichever device is the current one."""
+
+    @functools.wraps(launcher)
+    def launch(tensors: Sequence[Tensor], *arguments: Any) -> Any:
+        with torch.cuda.device_of(tensors[0]):
+            return launcher(tensors, *arguments)
+
+    return launch
 
 
 Maps = Sequence[tuple[Feature, ...]]  # of each level

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maskd_kernels.reference import TAPS, ReceptiveStats
-from maskd_kernels.triton.common import aligned, channel_alignment, encode, integer, offsets, pick
+from maskd_kernels.triton.common import aligned, channel_alignment, encode, integer, offsets, on_its_device, pick
 from maskd_kernels.triton.receptive_stats import PRECISION, pad_tokens
 
 BLOCK_N = 16  # images
@@ -117,6 +117,7 @@ def share_kernel(
 # ---- Launchers ---------------------------------------------------------------------------------
 
 
+@on_its_device
 def shares(
     stats: ReceptiveStats, teacher: Sequence[Tensor], weighting: Sequence[Sequence[Tensor]], eps: float
 ) -> tuple[Tensor, Tensor]:

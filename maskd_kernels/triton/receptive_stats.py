@@ -34,6 +34,7 @@ from maskd_kernels.triton.common import (
     level_of,
     new_partials,
     offsets,
+    on_its_device,
     partial_row,
     pick,
     pointers,
@@ -563,6 +564,7 @@ def _features(maps: Maps) -> dict[str, object]:
     }
 
 
+@on_its_device
 def forward(
     teacher: Sequence[Tensor],
     tokens: Sequence[Tensor],
@@ -631,6 +633,7 @@ def forward(
             )
 
 
+@on_its_device
 def backward(
     teacher: Sequence[Tensor],
     tokens: Sequence[Tensor],

@@ -24,6 +24,7 @@ from maskd_kernels.triton.common import (
     feature_offsets,
     integer,
     level_of,
+    on_its_device,
     pick,
     pointers,
     runs,
@@ -206,6 +207,7 @@ def backward_kernel(
 # ---- Launchers ---------------------------------------------------------------------------------
 
 
+@on_its_device
 def forward(x: Sequence[Tensor], scale: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     maps = [(layout.dense_view(level), layout.dense_view(y)) for level, y in zip(x, out, strict=True)]
     for run, run_maps in runs(maps):
@@ -226,6 +228,7 @@ def forward(x: Sequence[Tensor], scale: Sequence[Tensor], out: Sequence[Tensor])
             )
 
 
+@on_its_device
 def backward(
     x: Sequence[Tensor],
     scale: Sequence[Tensor],

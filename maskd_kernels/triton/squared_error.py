@@ -25,6 +25,7 @@ from maskd_kernels.triton.common import (
     integer,
     level_of,
     new_partials,
+    on_its_device,
     partial_row,
     pick,
     pointers,
@@ -236,6 +237,7 @@ def backward_kernel(
 # ---- Launchers ---------------------------------------------------------------------------------
 
 
+@on_its_device
 def forward(pred: Sequence[Tensor], target: Sequence[Tensor], scale: Sequence[Tensor], out: Tensor) -> None:
     maps, n = [tuple(map(layout.dense_view, level)) for level in zip(pred, target, strict=True)], pred[0].shape[0]
     for run, run_maps in runs(maps):
@@ -261,6 +263,7 @@ def forward(pred: Sequence[Tensor], target: Sequence[Tensor], scale: Sequence[Te
         reduce_tiles(partials, out[run].unbind(), levels, [1] * len(p), n)
 
 
+@on_its_device
 def backward(
     pred: Sequence[Tensor],
     target: Sequence[Tensor],
