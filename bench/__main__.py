@@ -200,6 +200,7 @@ def main() -> int:
 
     from bench.cases import SUITES
     from bench.timing import device_folder, machine
+    from maskd_kernels import native
 
     torch.set_num_threads(options.threads)
     wanted = [name for name in options.providers.split(",") if name]
@@ -210,6 +211,7 @@ def main() -> int:
         for case in SUITES[suite]:
             if options.only in case.title:
                 torch._dynamo.reset()
+                native.release_memory()  # what an earlier case left would count as this one's
                 results.append(measure(case, options.device, options.seconds, wanted))
                 print(report(results[-1]), flush=True)
         if options.json:
