@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import importlib.util
 import os
 from types import TracebackType
@@ -77,12 +76,13 @@ def why_no_triton(device_type: str) -> str | None:
     """The reason Triton cannot run on this device type; None where it can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    version = importlib.metadata.version("triton")
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
-        return f"triton {'.'.join(map(str, OLDEST_TRITON))} or newer is needed, got {version}"
-    if device_type == "cuda" or (device_type == "cpu" and interpreting()):
-        return None
-    return f"it runs on CUDA tensors, got {device_type} (on CPU only by its interpreter: TRITON_INTERPRET=1)"
+    if device_type != "cuda" and not (device_type == "cpu" and interpreting()):
+        return f"it runs on CUDA tensors, got {device_type} (on CPU only by its interpreter: TRITON_INTERPRET=1)"
+    import triton  # only where it would run; the package that holds it has several names
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {'.'.join(map(str, OLDEST_TRITON))} or newer is needed, got {triton.__version__}"
+    return None
 
 
 def why_unavailable(name: str, device_type: str, dtype: torch.dtype) -> str | None:

@@ -125,8 +125,7 @@ def shares(
     levels, n, k = stats.mass.shape
     share, loss = torch.empty_like(stats.mass), stats.mass.new_empty(levels, n)
     channels = tuple(t.shape[1] for t in teacher)
-    blocks = triton.cdiv(TAPS * max(channels), BLOCK_J) if weighting else 0
-    logits = stats.mass.new_empty(0) if not weighting else _logits(stats, teacher, weighting, blocks)
+    logits = _logits(stats, teacher, weighting) if weighting else stats.mass.new_empty(levels, 0, n, k)
     if n:
         share_kernel[n, levels](
             stats.mass,
@@ -135,7 +134,7 @@ def shares(
             share,
             loss,
             encode(channels),
-            blocks,
+            logits.shape[1],
             eps,
             K=k,
             K_PAD=pad_tokens(k),
@@ -147,12 +146,11 @@ def shares(
     return share, loss
 
 
-def _logits(
-    stats: ReceptiveStats, teacher: Sequence[Tensor], weighting: Sequence[Sequence[Tensor]], blocks: int
-) -> Tensor:
+def _logits(stats: ReceptiveStats, teacher: Sequence[Tensor], weighting: Sequence[Sequence[Tensor]]) -> Tensor:
     """``[levels, blocks, N, K]``: the weighting's logits are the sums over the blocks."""
     levels, n, k = stats.mass.shape
     channels = tuple(t.shape[1] for t in teacher)
+    blocks = triton.cdiv(TAPS * max(channels), BLOCK_J)
     logits = stats.mass.new_empty(levels, blocks, n, k)
     conv_weight, conv_bias, projection_weight, projection_bias = zip(*weighting, strict=True)
     if n:
