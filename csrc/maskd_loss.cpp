@@ -25,35 +25,53 @@ struct LossScratch {
   }
 };
 
-// weights [N, K]: softmax of the weighting module's logits. The average of a convolution's output is its weights times
-// the average of what each tap reads. `mean` [N, 9C] and `hidden` [N, C] are scratch.
+// weights [L, N, K]: softmax of the weighting module's logits. The average of a convolution's output is its weights
+// times the average of what each tap reads. `mean` [N, 9C] and `hidden` [N, C], all levels side by side, are scratch.
 template <typename T>
-void mask_weights(const ReceptiveProblem& problem, const ReceptiveLevel& level, const MaskWeighting& weighting,
-                  const T* sums, T* mean, T* hidden, T* weights, int threads) {
-  const int64_t N = problem.batch, K = problem.num_tokens, C = level.channels, taps = kTaps * C;
-  const T* conv_weight = static_cast<const T*>(weighting.conv_weight);
-  const T* conv_bias = static_cast<const T*>(weighting.conv_bias);
-  const T* projection = static_cast<const T*>(weighting.projection_weight);
-  const T* bias = static_cast<const T*>(weighting.projection_bias);
-  const T pixels = T(level.pixels > 0 ? level.pixels : 1);
-  for (int64_t n = 0; n < N; ++n)
-    for (int64_t c = 0; c < C; ++c)
-      for (int64_t tap = 0; tap < kTaps; ++tap)
-        mean[n * taps + c * kTaps + tap] =
-            sums[(n * kTaps + tap) * problem.total_channels + level.channel_offset + c] / pixels;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t c = 0; c < C; ++c)
-    for (int64_t n = 0; n < N; ++n)
-      hidden[n * C + c] = conv_bias[c] + dot_run<T, 4>(conv_weight + c * taps, mean + n * taps, taps);
-  for (int64_t n = 0; n < N; ++n) {
-    T* row = weights + n * K;
-    T largest = -std::numeric_limits<T>::infinity(), total = 0;
-    for (int64_t k = 0; k < K; ++k) {
-      row[k] = bias[k] + dot_run<T, 4>(projection + k * C, hidden + n * C, C);
-      if (!(row[k] <= largest)) largest = row[k];  // NaN stays
+void mask_weights(const ReceptiveProblem& problem, const MaskWeighting* weighting, const T* sums, T* mean, T* hidden,
+                  T* weights, int threads) {
+  const int64_t levels = problem.num_levels, N = problem.batch, K = problem.num_tokens, stride = problem.total_channels;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(static)
+    for (int64_t image = 0; image < levels * N; ++image) {
+      const ReceptiveLevel& level = problem.levels[image / N];
+      const int64_t n = image % N, offset = n * stride + level.channel_offset;
+      const T pixels = T(level.pixels > 0 ? level.pixels : 1);
+      for (int64_t c = 0; c < level.channels; ++c)
+        for (int64_t tap = 0; tap < kTaps; ++tap)
+          mean[kTaps * (offset + c) + tap] = sums[(n * kTaps + tap) * stride + level.channel_offset + c] / pixels;
     }
-    for (int64_t k = 0; k < K; ++k) total += row[k] = std::exp(row[k] - largest);
-    for (int64_t k = 0; k < K; ++k) row[k] /= total;
+    // Most of the time: the weights of all convolutions, each read once.
+    for (int64_t l = 0; l < levels; ++l) {
+      const ReceptiveLevel& level = problem.levels[l];
+      const int64_t C = level.channels, taps = kTaps * C;
+      const T* conv_weight = static_cast<const T*>(weighting[l].conv_weight);
+      const T* conv_bias = static_cast<const T*>(weighting[l].conv_bias);
+#pragma omp for schedule(static) nowait
+      for (int64_t c = 0; c < C; ++c) {
+        for (int64_t n = 0; n < N; ++n) {
+          const int64_t offset = n * stride + level.channel_offset;
+          hidden[offset + c] = conv_bias[c] + dot_run<T, 4>(conv_weight + c * taps, mean + kTaps * offset, taps);
+        }
+      }
+    }
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t image = 0; image < levels * N; ++image) {
+      const int64_t l = image / N, n = image % N, C = problem.levels[l].channels;
+      const T* projection = static_cast<const T*>(weighting[l].projection_weight);
+      const T* bias = static_cast<const T*>(weighting[l].projection_bias);
+      T* row = weights + image * K;
+      T largest = -std::numeric_limits<T>::infinity(), total = 0;
+      for (int64_t k = 0; k < K; ++k) {
+        const T* own = hidden + n * stride + problem.levels[l].channel_offset;
+        row[k] = bias[k] + dot_run<T, 4>(projection + k * C, own, C);
+        if (!(row[k] <= largest)) largest = row[k];  // NaN stays
+      }
+      for (int64_t k = 0; k < K; ++k) total += row[k] = std::exp(row[k] - largest);
+      for (int64_t k = 0; k < K; ++k) row[k] /= total;
+    }
   }
 }
 
@@ -210,7 +228,8 @@ void run(const MaskdLoss& call) {
     first_error = arena.take<int64_t>(levels + 1);
     teachers = arena.take<ReceptiveLevel>(levels);
   });
-  const Plan plan = lay_out<T>(problem, table, K, true);
+  const bool cached = is_cached(problem);
+  const Plan plan = lay_out<T>(problem, table, K, !cached);  // the first pass's tiles, or long rows
   int64_t written_bytes = 0;
   first_error[0] = 0;
   for (int64_t l = 0; l < levels; ++l) {
@@ -222,7 +241,7 @@ void run(const MaskdLoss& call) {
       written_bytes += N * level.channels * level.pixels * size_of(level.grad_student.dtype);
   }
   const bool stream = written_bytes >= kStreamBytes;
-  const int64_t sums_size = call.weighting ? N * kTaps * problem.total_channels : 0;
+  const int64_t weighted_channels = call.weighting ? N * problem.total_channels : 0;
   Workspace memory;
   T *mass = nullptr, *sums = nullptr, *mean = nullptr, *hidden = nullptr, *scaled = nullptr;
   double* errors = nullptr;
@@ -230,9 +249,9 @@ void run(const MaskdLoss& call) {
   memory.provide([&](Arena& arena) {
     mass = arena.take<T>(levels * N * K);
     scaled = arena.take<T>(levels * N * K);
-    sums = arena.take<T>(sums_size);
-    mean = arena.take<T>(call.weighting ? N * kTaps * plan.max_channels : 0);
-    hidden = arena.take<T>(call.weighting ? N * plan.max_channels : 0);
+    sums = arena.take<T>(kTaps * weighted_channels);
+    mean = arena.take<T>(kTaps * weighted_channels);
+    hidden = arena.take<T>(weighted_channels);
     errors = arena.take<double>(first_error[levels]);
     scratch_base = arena.take<char>(threads * scratch_bytes<LossScratch<T>>(plan));
   });
@@ -244,23 +263,19 @@ void run(const MaskdLoss& call) {
   MASKD_ISA::receptive_forward(first, stats);
 
   T* share = static_cast<T*>(call.share);
-  for (int64_t l = 0; l < levels; ++l) {
-    T* of_level = share + l * N * K;
-    if (call.weighting)
-      mask_weights(problem, problem.levels[l], call.weighting[l], sums, mean, hidden, of_level, threads);
-    shares(call, problem.levels[l], mass + l * N * K, of_level);
-  }
+  if (call.weighting) mask_weights(problem, call.weighting, sums, mean, hidden, share, threads);
+  for (int64_t l = 0; l < levels; ++l) shares(call, problem.levels[l], mass + l * N * K, share + l * N * K);
   for (int64_t i = 0; i < levels * N * K; ++i) scaled[i] = share[i] * T(call.upstream);
   const bool apart = call.upstream != 1;
 
   int started = 0;
+  Tasks tasks(plan, cached);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const auto scratch = own_scratch<LossScratch<T>>(plan, scratch_base, &started);
-    // In reverse, so that the pass starts in what the first left in the caches.
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t step = 0; step < plan.total; ++step) {
-      const Tile tile = plan.tile(plan.total - 1 - step);
+    tasks.each([&](int64_t task) {
+      // In reverse, so that the pass starts in what the first left in the caches.
+      const Tile tile = plan.tile(cached ? task : plan.total - 1 - task);
       const int64_t l = tile.level_index, index = tile.n * plan.tiles[l] + tile.begin / tile.stride;
       student_coefficient<T>(problem, tile, call.masks, share, nullptr, scratch.weight);
       pair_up(*tile.level, scratch.weight, tile.count);
@@ -270,7 +285,7 @@ void run(const MaskdLoss& call) {
       }
       visit_tile(tile, scratch, apart ? scratch.factor : scratch.weight, stream,
                  errors + first_error[l] + index * (tile.level->interleaved ? 1 : tile.level->channels));
-    }
+    });
     if (stream) stream_fence();
   }
   double loss = 0;

@@ -10,7 +10,11 @@ namespace {
 
 constexpr int64_t kTokenChunk = 8;   // accumulators that fit the registers beside the rows
 constexpr int64_t kSums = 8;         // lane sums taken at a time
-constexpr int64_t kRows = 4;         // channels per step over a planar tile
+#if defined(__AVX512F__)
+constexpr int64_t kRows = 8;  // channels per step over a planar tile: as many as leave registers for the rest
+#else
+constexpr int64_t kRows = 4;
+#endif
 constexpr int64_t kConverted = 512;  // elements per row and step where rows are converted first
 
 // ---- One step: kRows channels of a planar tile -------------------------------------------------
@@ -19,14 +23,16 @@ template <typename T, int KC, bool kDistance, typename Stored>
 MASKD_INLINE void accumulate_rows(const Stored* const* t, const Stored* const* s, const T* tokens, int64_t vectors,
                                   T* logits, int64_t stride, T* distance, Vec<T>* sums) {
   constexpr int64_t L = kLanes<T>;
-  Vec<T> kept[kRows] = {sums[0], sums[1], sums[2], sums[3]};
+  const Stored *own_t[kRows], *own_s[kRows];  // which no store can change
+  Vec<T> kept[kRows];
+  for (int64_t r = 0; r < kRows; ++r) own_t[r] = t[r], own_s[r] = kDistance ? s[r] : nullptr, kept[r] = sums[r];
   for (int64_t i = 0; i < vectors * L; i += L) {
     Vec<T> row[kRows];
-    for (int64_t r = 0; r < kRows; ++r) kept[r] += row[r] = load(t[r] + i);
+    for (int64_t r = 0; r < kRows; ++r) kept[r] += row[r] = load(own_t[r] + i);
     if (kDistance) {
       Vec<T> total = load(distance + i);
       for (int64_t r = 0; r < kRows; ++r) {
-        const Vec<T> d = load(s[r] + i) - row[r];
+        const Vec<T> d = load(own_s[r] + i) - row[r];
         total += d * d;
       }
       store(distance + i, total);
@@ -372,12 +378,11 @@ void forward(const ReceptiveProblem& problem, const ReceptiveStats& out) {
   });
 
   int started = 0;
+  Tasks tasks(plan, is_cached(problem));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const auto scratch = own_scratch<ForwardScratch<T>>(plan, scratch_base, &started);
-    // Neighbouring tiles are read together, and whoever is held up takes fewer.
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < plan.total; ++task) {
+    tasks.each([&](int64_t task) {
       const Tile tile = plan.tile(task);
       const int64_t cleared = K * tile.stride * int64_t(sizeof(T));
       std::memset(scratch.logits, 0, size_t(cleared));
@@ -400,7 +405,8 @@ void forward(const ReceptiveProblem& problem, const ReceptiveStats& out) {
         }
       }
       finish_tile(problem, tile, scratch, out, partials + task * partial_size);
-    }
+    });
+#pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t image = 0; image < problem.num_levels * problem.batch; ++image)
       reduce_image(plan, image / problem.batch, image % problem.batch, partials, partial_size, sums, sums_size, out);

@@ -168,7 +168,8 @@ void backward(const ReceptiveProblem& problem, const ReceptiveStats& saved, cons
   Workspace plan_memory;
   int64_t* table = nullptr;
   plan_memory.provide([&](Arena& arena) { table = arena.take<int64_t>(3 * problem.num_levels + 1); });
-  const Plan plan = lay_out<T>(problem, table, K, !logits_wanted);
+  const bool cached = is_cached(problem);
+  const Plan plan = lay_out<T>(problem, table, K, !logits_wanted && !cached);
   const bool stream = written_bytes >= kStreamBytes;
   const int threads = worker_count(problem);
   const int64_t partial_size = tokens_wanted ? K * plan.max_channels : 0;
@@ -188,13 +189,13 @@ void backward(const ReceptiveProblem& problem, const ReceptiveStats& saved, cons
   }
 
   int started = 0;
+  Tasks tasks(plan, cached);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const auto scratch = own_scratch<BackwardScratch<T>>(plan, scratch_base, &started);
-    // In reverse, so that the pass starts in what the forward left in the caches.
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t step = 0; step < plan.total; ++step) {
-      const int64_t task = plan.total - 1 - step;
+    tasks.each([&](int64_t step) {
+      // In reverse, so that the pass starts in what the forward left in the caches.
+      const int64_t task = cached ? step : plan.total - 1 - step;
       const Tile tile = plan.tile(task);
       const ReceptiveLevel& level = *tile.level;
       if (level.student.present())
@@ -210,7 +211,7 @@ void backward(const ReceptiveProblem& problem, const ReceptiveStats& saved, cons
       } else {
         work.planar_student();
       }
-    }
+    });
     if (stream) stream_fence();
 #pragma omp barrier
 #pragma omp for schedule(static)

@@ -2,6 +2,10 @@
 // results of its own, which are added in a fixed order: the result does not depend on the number of threads.
 #pragma once
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 #include "memory_pool.h"
 #include "receptive_stats.h"
 
@@ -13,6 +17,7 @@ constexpr int64_t kInterleavedPixels = 128;       // of a tile whose accumulator
 constexpr int64_t kAhead = 4;                     // pixels: how far ahead interleaved runs are fetched
 constexpr int64_t kLeastTiles = 8;  // of a level, if they have kLeastPixels: for several threads, however many
 constexpr int64_t kLeastPixels = 512;
+constexpr int64_t kCachedElements = 1 << 19;  // of maps that the caches hold from one pass to the next
 constexpr int64_t kStudentPixels = 1 << 15;  // of a tile that only needs the student's gradient: long rows in sequence
 
 // Bump allocator; without a base it only adds up.
@@ -142,12 +147,50 @@ Scratch own_scratch(const Plan& plan, char* base, int* started) {
   return scratch;
 }
 
-int worker_count(const ReceptiveProblem& problem) {
+int64_t elements_of(const ReceptiveProblem& problem) {
   int64_t elements = 0;
   for (int64_t l = 0; l < problem.num_levels; ++l)
     elements += problem.batch * problem.levels[l].channels * problem.levels[l].pixels;
-  return elements < kSerialElements || problem.threads < 1 ? 1 : problem.threads;
+  return elements;
 }
+
+int worker_count(const ReceptiveProblem& problem) {
+  return elements_of(problem) < kSerialElements || problem.threads < 1 ? 1 : problem.threads;
+}
+
+// Whether the caches hold the maps from one pass to the next.
+bool is_cached(const ReceptiveProblem& problem) { return elements_of(problem) <= kCachedElements; }
+
+// Shares out the tasks of a pass among the threads of a parallel region. Neighbours are handed out together, and whoever
+// is held up takes fewer; of cached maps a thread gets what it had in the pass before.
+class Tasks {
+ public:
+  Tasks(const Plan& plan, bool cached) : total_(plan.total), cached_(cached) {}
+
+  // visit(task) for those of the calling thread.
+  template <typename Visit>
+  MASKD_INLINE void each(Visit visit) {
+#if defined(_OPENMP)
+    const int64_t first = omp_get_thread_num(), step = omp_get_num_threads();
+#else
+    const int64_t first = 0, step = 1;
+#endif
+    for (int64_t task = cached_ ? first : take(); task < total_; task = cached_ ? task + step : take())
+      visit(task);
+  }
+
+ private:
+  int64_t take() {
+    int64_t task;
+#pragma omp atomic capture
+    task = taken_++;
+    return task;
+  }
+
+  const int64_t total_;
+  const bool cached_;
+  int64_t taken_ = 0;
+};
 
 // Calls visit(set, i) for every pixel i of a run that lies in a border set; set 0, the total, is the caller's.
 template <typename T, typename Visit>

@@ -26,6 +26,8 @@ from maskd_kernels.validation import (
     Levels,
     as_features,
     as_levels,
+    channels_first,
+    kind_of,
     level_name,
     match_count,
     match_features,
@@ -52,7 +54,12 @@ class MaskWeighting(NamedTuple):
 def _as_weighting(weighting: MaskWeighting | Sequence[MaskWeighting] | None) -> list[MaskWeighting]:
     if weighting is None:
         return []
-    return [weighting] if isinstance(weighting, MaskWeighting) else list(weighting)
+    levels = (
+        weighting if isinstance(weighting, (list, tuple)) and not isinstance(weighting, MaskWeighting) else [weighting]
+    )
+    if not all([isinstance(w, MaskWeighting) for w in levels]):
+        raise TypeError(f"weighting: expected MaskWeighting or a list of it, got {kind_of(weighting)}")
+    return list(levels)
 
 
 # ---- The operator's results combined -----------------------------------------------------------
@@ -215,15 +222,21 @@ def maskd_loss(
         >>> loss = maskd_kernels.maskd_loss(student, torch.randn(2, 16, 8, 8), torch.randn(6, 16))
         >>> loss.backward()
     """
-    t, s = as_features(teacher, "teacher", channel_dim), as_features(student, "student", channel_dim)
+    t, s = as_levels(teacher, "teacher"), as_levels(student, "student")
     e, w = as_levels(tokens, "tokens"), _as_weighting(weighting)
+    call = None if return_dice else loss_op.signature(channel_dim, t, e, s, w)
+    plan = loss_op.recall(call)
+    if plan is not None:
+        inputs = loss_op.Inputs(channels_first(t, channel_dim), e, channels_first(s, channel_dim), w)
+        return loss_op.maskd_loss(plan, inputs, customize, eps)
+    t, s = as_features(t, "teacher", channel_dim), as_features(s, "student", channel_dim)
     match_features(s, t)
     match_tokens(e, t)
     if w:
         match_weighting(w, t, e[0].shape[0])
-    if not return_dice and loss_op.applies(t, e, s, [x for level in w for x in level]):
-        t, e, s = _computable(t, e, s)
-        return loss_op.maskd_loss(t, e, s, w, customize, eps)
+    if not return_dice and loss_op.applies(t, e, s, w):
+        plan, inputs = loss_op.prepare(call, loss_op.Inputs(t, e, s, w), loss_op.Inputs(*_computable(t, e, s), w))
+        return loss_op.maskd_loss(plan, inputs, customize, eps)
     with _full_precision(t[0]):
         stats = _stats(t, e, s, customize, sums=len(w) > 0)
         weights = _mask_weights(stats.sums, t, w) if w else None

@@ -60,6 +60,11 @@ def as_features(x: Levels, name: str, channel_dim: int) -> list[Tensor]:
             raise ValueError(f"{label}: expected device {levels[0].device} like {name}[0], got {level.device}")
         if i > 0 and level.shape[0] != levels[0].shape[0]:
             raise ValueError(f"{label}: expected batch size {levels[0].shape[0]} like {name}[0], got {shape_of(level)}")
+    return channels_first(levels, channel_dim)
+
+
+def channels_first(levels: list[Tensor], channel_dim: int) -> list[Tensor]:
+    """The levels as ``[N, C, *spatial]`` views."""
     return levels if channel_dim == 1 else [level.movedim(-1, 1) for level in levels]
 
 

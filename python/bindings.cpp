@@ -55,6 +55,15 @@ Feature feature(const FeatureTuple& t) {
 
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
+// addresses of teacher, student, tokens, grad_student
+using LevelAddresses = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+
+// The same level elsewhere in memory.
+void place(ReceptiveLevel& level, const LevelAddresses& addresses) {
+  level.teacher.data = pointer(std::get<0>(addresses)), level.student.data = pointer(std::get<1>(addresses));
+  level.tokens = pointer(std::get<2>(addresses)), level.grad_student.data = pointer(std::get<3>(addresses));
+}
+
 // Addresses in the order of the struct's fields; 0: absent.
 ReceptiveStats stats(const std::vector<uintptr_t>& a) {
   if (a.size() != 7) throw std::invalid_argument("expected seven addresses");
@@ -138,9 +147,10 @@ PYBIND11_MODULE(_native, m) {
 
   m.def(
       "maskd_loss",
-      [](const std::vector<ReceptiveLevel>& levels, const std::vector<WeightingTuple>& weighting, int64_t batch,
-         int64_t num_tokens, bool float64, bool customize, int threads, double eps, double upstream, uintptr_t masks,
-         uintptr_t share, uintptr_t loss) {
+      [](std::vector<ReceptiveLevel> levels, const std::vector<LevelAddresses>& addresses,
+         const std::vector<WeightingTuple>& weighting, int64_t batch, int64_t num_tokens, bool float64, bool customize,
+         int threads, double eps, double upstream, uintptr_t masks, uintptr_t share, uintptr_t loss) {
+        for (size_t l = 0; l < levels.size(); ++l) place(levels[l], addresses.at(l));
         std::vector<MaskWeighting> parameters;
         for (const WeightingTuple& w : weighting) {
           MaskWeighting p;
@@ -156,8 +166,8 @@ PYBIND11_MODULE(_native, m) {
         py::gil_scoped_release release;
         selected->maskd_loss(call);
       },
-      py::arg("levels"), py::arg("weighting"), py::arg("batch"), py::arg("num_tokens"), py::arg("float64"),
-      py::arg("customize"), py::arg("threads"), py::arg("eps"), py::arg("upstream"), py::arg("masks"), py::arg("share"),
+      py::arg("levels"), py::arg("addresses"), py::arg("weighting"), py::arg("batch"), py::arg("num_tokens"),
+      py::arg("float64"), py::arg("customize"), py::arg("threads"), py::arg("eps"), py::arg("upstream"), py::arg("masks"), py::arg("share"),
       py::arg("loss"));
 
   py::class_<MapShape>(m, "MapShape")

@@ -41,7 +41,7 @@ def native_only(kernels):
 def calls(monkeypatch):
     """How often the kernels ran, and whether they were to prepare gradients."""
     prepared, on_cpu, on_gpu = [], loss_op._native, loss_op._triton
-    monkeypatch.setattr(loss_op, "_native", lambda *a: (prepared.append(len(a[2]) > 0), on_cpu(*a))[1])
+    monkeypatch.setattr(loss_op, "_native", lambda *a: (prepared.append(len(a[3]) > 0), on_cpu(*a))[1])
     monkeypatch.setattr(loss_op, "_triton", lambda *a: (prepared.append(False), on_gpu(*a))[1])
     loss_op._upstream_of.cache_clear()
     return prepared
@@ -353,3 +353,98 @@ def test_module_keeps_its_guess_through_training(calls, native_only):
     assert calls == [True, False, True, True, True]
     copied = copy.deepcopy(loss_fn)
     assert torch.equal(copied(student, teacher), loss_fn(student, teacher))
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """The plans of earlier calls, none at first."""
+    kept = {}
+    monkeypatch.setattr(loss_op, "_plans", kept)
+    return kept
+
+
+def test_a_plan_is_made_once_per_kind_of_call(plans):
+    inputs = make([(2, 10, 7, 9), (2, 6, 4, 5)])
+    for _ in range(3):
+        both(inputs)
+    assert len(plans) == 1
+    inputs[0][0] = inputs[0][0].detach().clone().requires_grad_()  # other memory
+    both(inputs)
+    assert len(plans) == 1
+    check(make([(2, 10, 7, 9), (2, 6, 4, 5)], layout="channels_last"))
+    check(make([(2, 10, 7, 9), (2, 6, 4, 5)], dtype=torch.bfloat16))
+    check(make([(2, 10, 7, 9), (2, 6, 4, 5)], weighted=False))
+    with torch.no_grad():
+        maskd_loss(*inputs[:3], weighting=inputs[3])
+    assert len(plans) == 5
+
+
+def test_what_the_kernels_would_copy_is_not_recalled(plans, native_only):
+    inputs = make([(2, 10, 7, 9)], layout="sliced")
+    for _ in range(2):
+        check(inputs)
+    assert not plans
+    student, teacher, tokens, _ = make([(2, 10, 7, 9)], weighted=False)
+    teacher = [t.to(memory_format=torch.channels_last) for t in teacher]
+    for _ in range(2):
+        check((student, teacher, tokens, None))
+    assert not plans
+
+
+def test_plans_are_few(plans, monkeypatch):
+    monkeypatch.setattr(loss_op, "_KEPT_PLANS", 3)
+    for width in range(1, 7):
+        check(make([(1, 3, 2, width)], tokens=2))
+    assert len(plans) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"student": torch.zeros(2, 6, 6, 5)}, "student: expected"),
+        ({"student": torch.zeros(2, 6, 6, 6, dtype=torch.int64)}, "student: expected float32"),
+        ({"teacher": torch.zeros(3, 6, 6, 6)}, "student: expected"),
+        ({"tokens": torch.zeros(6, 5)}, "tokens: expected"),
+        ({"tokens": nn.Parameter(torch.zeros(6, 6, device="meta"), requires_grad=False)}, "tokens: expected device"),
+        ({"weighting": torch.zeros(6)}, "weighting: expected MaskWeighting"),
+        ({"channel_dim": 2}, "channel_dim: expected"),
+    ],
+    ids=["shape", "dtype", "batch", "tokens", "device", "weighting", "channel_dim"],
+)
+def test_a_plan_hides_no_error(change, error):
+    (student,), (teacher,), (tokens,), (weighting,) = make([(2, 6, 6, 6)])
+    call = {"student": student, "teacher": teacher, "tokens": tokens, "weighting": weighting, "channel_dim": 1}
+    expected = maskd_loss(**call)
+    change = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) and not v.is_meta else v for k, v in change.items()}
+    with pytest.raises((ValueError, TypeError), match=error):
+        maskd_loss(**{**call, **change})
+    assert torch.equal(maskd_loss(**call), expected)
+
+
+def test_a_plan_belongs_to_an_orientation():
+    (student,), (teacher,), (tokens,), _ = make([(2, 6, 6, 6)], weighted=False)
+    maskd_loss(student, teacher, tokens)
+    turned = maskd_loss(student, teacher, tokens, channel_dim=-1)
+    expected = maskd_loss(student.movedim(-1, 1), teacher.movedim(-1, 1), tokens)
+    assert_close(turned, expected.detach(), 1e-7, "loss")
+
+
+def test_a_plan_belongs_to_a_backend(calls):
+    inputs = make([(2, 10, 7, 9)])
+    loss, (gradient,) = both(inputs)
+    with use_backend("reference"):
+        expected, (wanted,) = both(inputs)
+    assert len(calls) == 1
+    assert_close(loss, expected, 5e-6, "loss")
+    assert_close(gradient, wanted, 5e-6, "gradient")
+
+
+def test_tokens_that_begin_to_be_trained_get_gradients(calls):
+    student, teacher, tokens, weighting = make([(2, 10, 7, 9)])
+    for _ in range(2):
+        both((student, teacher, tokens, weighting))
+    assert len(calls) == 2
+    tokens[0].requires_grad_()
+    maskd_loss(student, teacher, tokens, weighting=weighting).backward()
+    assert tokens[0].grad.any()
+    assert len(calls) == 2

@@ -16,7 +16,8 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from torch import Tensor
 from maskd_kernels import backends, native
 from maskd_kernels.ops import layout
 from maskd_kernels.ops import receptive_stats as stats_op
-from maskd_kernels.ops.registration import is_plain
+from maskd_kernels.ops.registration import is_eager, is_plain
 from maskd_kernels.reference import compute_dtype
 
 
@@ -46,96 +47,178 @@ def _upstream_of(tokens_address: int) -> _Upstream:
     return _Upstream()
 
 
-def applies(
-    teacher: Sequence[Tensor], tokens: Sequence[Tensor], student: Sequence[Tensor], parameters: Sequence[Tensor]
-) -> bool:
-    """Whether the kernels can compute this: eager mode, and nothing but the student is trained."""
-    if not is_plain([*teacher, *student]):
-        return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*teacher, *tokens, *parameters)):
-        return False
-    return backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype)) != "reference"
+class Inputs(NamedTuple):
+    """The tensors of a call, ``L`` levels of each."""
+
+    teacher: Sequence[Tensor]  # [N, C, *spatial]
+    tokens: Sequence[Tensor]  # [K, C]
+    student: Sequence[Tensor]  # like the teacher's; their floating dtype may differ
+    weighting: Sequence[Sequence[Tensor]]  # parameters in the order of MaskWeighting; or no levels
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [*self.teacher, *self.tokens, *self.student, *chain.from_iterable(self.weighting)]
 
 
-def maskd_loss(
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What shapes, strides, dtypes and devices say of a call: all but where its tensors lie."""
+
+    backend: str
+    dtype: torch.dtype  # of the computation
+    masks: tuple[int, int, int]  # [N, K, P]
+    share: tuple[int, int, int]  # [L, N, K]
+    gradients: list[tuple[torch.Size, torch.dtype, tuple[int, ...]]]  # shape, dtype and strides of each
+    levels: list[Any]  # as the native kernel takes them, without addresses; none for another backend
+
+
+_KEPT_PLANS = 1024  # images come in many sizes
+_plans: dict[Any, Plan] = {}
+
+
+def signature(
+    channel_dim: int,
     teacher: Sequence[Tensor],
     tokens: Sequence[Tensor],
     student: Sequence[Tensor],
     weighting: Sequence[Sequence[Tensor]],
-    customize: bool | Tensor,
-    eps: float,
-) -> Tensor:
-    """The loss, a scalar in the compute dtype, differentiable in the student. The caller has validated all inputs.
+) -> Any:
+    """All that decides whether a call is valid and how it is computed; None where something traces or watches it.
+
+    Looking a call up by it takes a fraction of the time of validating it.
+    """
+    if not is_eager():
+        return None
+    described = [
+        (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, type(x))
+        for x in (*teacher, *tokens, *student, *chain.from_iterable(weighting))
+    ]
+    counts = len(teacher), len(tokens), len(student), len(weighting)
+    return channel_dim, counts, torch.is_grad_enabled(), backends.current_backend(), *described
+
+
+def recall(call: Any) -> Plan | None:
+    """The plan of an earlier call with this signature."""
+    return _plans.get(call)
+
+
+def applies(
+    teacher: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    student: Sequence[Tensor],
+    weighting: Sequence[Sequence[Tensor]],
+) -> bool:
+    """Whether the kernels can compute this: eager mode, and nothing but the student is trained."""
+    if not is_plain([*teacher, *student]):
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in chain(teacher, tokens, *weighting)):
+        return False
+    return backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype)) != "reference"
+
+
+def prepare(call: Any, given: Inputs, computable: Inputs) -> tuple[Plan, Inputs]:
+    """The plan, and the inputs as it takes them; recalled by the signature where these are the given ones.
 
     Args:
-        teacher: ``L`` levels of ``[N, C, *spatial]``.
-        tokens: ``L`` tensors ``[K, C]`` in the compute dtype.
-        student: like ``teacher``; its floating dtype may differ.
-        weighting: the parameters of each level's weighting, in the order of ``MaskWeighting``, or none.
+        call: the signature of what was given.
+        given: valid inputs.
+        computable: the same, features and tokens in dtypes that the kernels take.
+    """
+    teacher, tokens, student, weighting = computable
+    dtype = compute_dtype(teacher[0].dtype)
+    backend = backends.resolve(teacher[0].device, dtype)
+    weighting = [[layout.as_dense(w, dtype) for w in level] for level in weighting]
+    gradients, levels = [], []
+    if backend == "native":
+        tokens = [layout.as_dense(e, dtype) for e in tokens]
+        views = [layout.dense_view(s) for s in student]
+        student = [s.tensor for s in views]
+        teacher = [
+            layout.with_layout(layout.dense_view(t), s.interleaved).tensor for t, s in zip(teacher, views, strict=True)
+        ]
+        written = stats_op.empty_gradients(teacher, tokens, student, (False, False, True))
+        gradients = [(g.shape, g.dtype, g.stride()) for g in written[2]]
+        levels = stats_op.native_levels(teacher, tokens, student, written)[0]
+    n, k, pixels = teacher[0].shape[0], tokens[0].shape[0], sum(math.prod(t.shape[2:]) for t in teacher)
+    plan = Plan(backend, dtype, (n, k, pixels), (len(teacher), n, k), gradients, levels)
+    taken = Inputs(teacher, tokens, student, weighting)
+    if call is not None and all(a is b for a, b in zip(given.tensors(), taken.tensors(), strict=True)):
+        while len(_plans) >= _KEPT_PLANS:
+            _plans.pop(next(iter(_plans)), None)
+        _plans[call] = plan
+    return plan, taken
+
+
+def maskd_loss(plan: Plan, inputs: Inputs, customize: bool | Tensor, eps: float) -> Tensor:
+    """The loss, a scalar in the compute dtype, differentiable in the student.
+
+    Args:
+        plan: for these inputs.
+        inputs: as the plan takes them.
         customize: whether masks are multiplied by the student's own; also a 0-dim bool on the features' device.
         eps: added to each mask's mass.
     """
-    loss: Tensor = _FrozenLoss.apply((teacher, tokens, weighting, customize, eps), torch.is_grad_enabled(), *student)
+    loss: Tensor = _FrozenLoss.apply(plan, inputs, (customize, eps), torch.is_grad_enabled(), *inputs.student)
     return loss
 
 
-def _parameters(weighting: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[list[Tensor]]:
-    return [[layout.as_dense(w, dtype) for w in level] for level in weighting]
-
-
 def _native(
-    inputs: tuple[Any, ...], student: Sequence[Tensor], gradients: list[Tensor], upstream: float
+    plan: Plan, inputs: Inputs, settings: tuple[Any, ...], gradients: list[Tensor], upstream: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, masks ``[N, K, P]`` and each mask's share of the loss ``[L, N, K]``; fills the gradients, where given."""
-    teacher, tokens, weighting, customize, eps = inputs
-    dtype = compute_dtype(teacher[0].dtype)
-    n, k, pixels = teacher[0].shape[0], tokens[0].shape[0], sum(math.prod(t.shape[2:]) for t in teacher)
-    masks = native.empty((n, k, pixels), dtype)
-    share, loss = native.empty((len(teacher), n, k), dtype), native.empty((), dtype)
-    parameters = _parameters(weighting, dtype)
-    levels, _alive = stats_op.native_levels(teacher, tokens, student, ([], [], gradients))
+    teacher, tokens, student, weighting = inputs
+    masks, share = native.empty(plan.masks, plan.dtype), native.empty(plan.share, plan.dtype)
+    loss = native.empty((), plan.dtype)
+    results = [g.data_ptr() for g in gradients] or [0] * len(student)
     native.module().maskd_loss(
-        levels=levels,
-        weighting=[tuple(w.data_ptr() for w in level) for level in parameters],
-        batch=n,
-        num_tokens=k,
-        float64=dtype == torch.float64,
-        customize=bool(customize),  # a CPU tensor: nothing to wait for
+        levels=plan.levels,
+        addresses=[
+            (t.data_ptr(), s.data_ptr(), e.data_ptr(), g)
+            for t, s, e, g in zip(teacher, student, tokens, results, strict=True)
+        ],
+        weighting=[tuple([w.data_ptr() for w in level]) for level in weighting],
+        batch=plan.masks[0],
+        num_tokens=plan.masks[1],
+        float64=plan.dtype == torch.float64,
+        customize=bool(settings[0]),  # a CPU tensor: nothing to wait for
         threads=torch.get_num_threads(),
-        eps=eps,
+        eps=settings[1],
         upstream=upstream,
-        masks=native.address(masks),
-        share=native.address(share),
+        masks=masks.data_ptr(),
+        share=share.data_ptr(),
         loss=loss.data_ptr(),
     )
     return loss, masks, share
 
 
-def _triton(inputs: tuple[Any, ...], student: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _triton(inputs: Inputs, settings: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, masks and shares, as of the native kernel."""
     from maskd_kernels.triton import maskd_loss as kernels
 
-    teacher, tokens, weighting, customize, eps = inputs
+    teacher, tokens, student, weighting = inputs
+    customize, eps = settings
     stats = stats_op.forward(
         teacher, tokens, student, stats_op.as_flag(customize, teacher[0].device), len(weighting) > 0
     )
-    share, loss = kernels.shares(stats, teacher, _parameters(weighting, stats.mass.dtype), eps)
+    share, loss = kernels.shares(stats, teacher, weighting, eps)
     return loss.sum(), stats.masks, share
 
 
 class _FrozenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: tuple[Any, ...], differentiable: bool, *student: Tensor) -> Tensor:
-        teacher, tokens = inputs[:2]
+    def forward(
+        ctx: Any, plan: Plan, inputs: Inputs, settings: tuple[Any, ...], differentiable: bool, *student: Tensor
+    ) -> Tensor:
         ctx.upstream, ctx.gradients = None, []
-        if backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype)) == "native":
-            ctx.upstream = _upstream_of(tokens[0].data_ptr())
+        teacher, tokens = inputs[:2]
+        if plan.backend == "native":
+            ctx.upstream = _upstream_of(inputs.tokens[0].data_ptr())
             ctx.expected = ctx.upstream.last
-            if differentiable and any(ctx.needs_input_grad) and ctx.upstream.steady:
-                ctx.gradients = stats_op.empty_gradients(teacher, [], student, (False, False, True), pooled=True)[2]
-            loss, masks, share = _native(inputs, student, ctx.gradients, ctx.expected)
+            if differentiable and ctx.upstream.steady and any(ctx.needs_input_grad):
+                ctx.gradients = [native.empty(*g) for g in plan.gradients]
+            loss, masks, share = _native(plan, inputs, settings, ctx.gradients, ctx.expected)
         else:
-            loss, masks, share = _triton(inputs, student)
+            loss, masks, share = _triton(inputs, settings)
         ctx.count = len(teacher)
         ctx.save_for_backward(*teacher, *tokens, *student, masks, share)
         return loss
@@ -159,4 +242,4 @@ class _FrozenLoss(torch.autograd.Function):
             gradients = torch.ops.maskd_kernels.receptive_stats_backward(
                 teacher, tokens, tensors[2 * ctx.count :], saved, upstream, needs
             )
-        return (None, None, *gradients)
+        return (None, None, None, None, *gradients)

@@ -10,19 +10,21 @@ import torch
 from torch import Tensor
 
 
-def is_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether kernels may run outside the dispatcher: nothing traces, transforms or watches the call."""
-    if torch.compiler.is_compiling():
-        return False
-    for x in tensors:
-        if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
-            return False
+def is_eager() -> bool:
+    """Whether nothing traces, transforms or watches what is called."""
     return not (
-        tensors[0].is_meta
+        torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
     )
+
+
+def is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether kernels may run outside the dispatcher: eagerly, and on memory."""
+    if not is_eager() or tensors[0].is_meta:
+        return False
+    return all([type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors])
 
 
 class Operator:
