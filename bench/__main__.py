@@ -121,7 +121,12 @@ def measure(case: Any, device: str, seconds: float, wanted: list[str]) -> dict[s
     for name, floor in floors.items():
         calls[f"{name}/both/cold"], calls[f"{name}/both/warm"] = chilled(floor), warmed(floor)
     # The ratios are made from what runs cold, forward and backward.
-    timings = interleaved(calls, seconds, lambda name: 6 if name.endswith("both/cold") else 2)
+    timings = interleaved(
+        calls,
+        seconds,
+        least=lambda name: 6 if name.endswith("both/cold") else 2,
+        least_if_long=lambda name: 6 if name.endswith("both/cold") else 1,
+    )
     providers: dict[str, Any] = {}
     for key, timing in timings.items():
         name, way, cache = key.split("/")

@@ -86,7 +86,7 @@ def main() -> None:
     """Measures and writes scaling.json."""
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float, default=40)
     parser.add_argument("--json", type=Path, help="folder for results")
     options = parser.parse_args()
     cold = Cold("cpu")

@@ -63,13 +63,19 @@ def time_once(call: Callable[[], Any]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
+LONG_MS = 300.0  # what takes longer depends little on the caches and scatters little
+
+
 def interleaved(
-    calls: dict[str, Callable[[], float]], seconds: float, least: Callable[[str], int] = lambda _: 3
+    calls: dict[str, Callable[[], float]],
+    seconds: float,
+    least: Callable[[str], int] = lambda _: 3,
+    least_if_long: Callable[[str], int] = lambda _: 3,
 ) -> dict[str, Timing]:
     """Calls, which return their own milliseconds, round after round in a new random order: drift hits all alike.
 
-    Each runs ``least(name)`` times. Then those that have not had more than their share of the time go on for
-    ``seconds``: a slow one does not cost the fast ones their number.
+    Each runs ``least(name)`` times, or ``least_if_long(name)`` where its first run took long. Then those that have not
+    had more than their share of the time go on for ``seconds``: a slow one does not cost the fast ones their number.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, share = random.Random(0), seconds * 1e3 / len(calls)
@@ -78,7 +84,10 @@ def interleaved(
         for name in order.sample(due, len(due)):
             times[name].append(calls[name]())
 
-    while due := [name for name, taken in times.items() if len(taken) < least(name)]:
+    def enough(name: str) -> int:
+        return (least_if_long if times[name] and times[name][0] > LONG_MS else least)(name)
+
+    while due := [name for name, taken in times.items() if len(taken) < enough(name)]:
         run(due)
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline and (due := [name for name, taken in times.items() if sum(taken) < share]):
@@ -99,7 +108,7 @@ def kernel_launches(function: Callable[[], Any]) -> int | None:
 
 
 def peak_extra_bytes(function: Callable[[], Any]) -> int:
-    """The most memory that tensors allocated by a call hold at one time, its results included.
+    """The most memory that tensors allocated by a call, not its first, hold at one time, its results included.
 
     What the native kernels take from their own pool is no event of PyTorch's allocator; it is counted as held at the
     peak, since gradients live to the end of a call.
@@ -111,7 +120,6 @@ def peak_extra_bytes(function: Callable[[], Any]) -> int:
         return torch.cuda.max_memory_allocated() - before
     from maskd_kernels import native
 
-    function()
     pooled = native.module().pool_state()[0] if native.available() else 0
     # Events in the order of time; each allocation and release carries its size.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -129,3 +129,7 @@ def test_slow_calls_leave_time_to_fast_ones():
     timings = interleaved({"slow": takes(50.0), "fast": takes(0.1)}, 0.05, lambda name: 2)
     assert timings["slow"].samples == 2
     assert timings["fast"].samples > 20
+    # Milliseconds are what a call returns.
+    calls = {"long": lambda: 301.0, "longest": lambda: 1e6, "short": lambda: 299.0}
+    timings = interleaved(calls, 0, lambda name: 4, lambda name: 1 if name == "longest" else 3)
+    assert {name: t.samples for name, t in timings.items()} == {"long": 3, "longest": 1, "short": 4}
