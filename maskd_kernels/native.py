@@ -64,15 +64,11 @@ def module() -> ModuleType:
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/common.h, DType
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None) -> Tensor:
+def empty(shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] = ()) -> Tensor:
     """An uninitialised dense CPU tensor, contiguous by default; a large one in memory kept from step to step.
 
     Idle memory never exceeds twice what was in use at one time; ``release_memory()`` returns it to the system.
     """
-    if stride is None:
-        stride = [1] * len(shape)
-        for axis in range(len(shape) - 1, 0, -1):
-            stride[axis - 1] = stride[axis] * max(shape[axis], 1)
     tensor: Tensor = from_dlpack(module().new_tensor(shape, stride, _DTYPE_CODES[dtype]))
     if torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
         tensor.fill_(math.nan)  # as torch.empty does

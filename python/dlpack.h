@@ -39,7 +39,8 @@ constexpr const char* kCapsule = "dltensor";  // whoever takes the tensor over r
 
 }  // namespace dlpack
 
-// An uninitialised tensor, as a capsule that `torch.utils.dlpack.from_dlpack` takes. Strides count elements.
+// An uninitialised tensor, as a capsule that `torch.utils.dlpack.from_dlpack` takes. Strides count elements; none:
+// contiguous.
 inline pybind11::capsule new_tensor(std::vector<int64_t> shape, std::vector<int64_t> strides, DType dtype) {
   struct Owner {
     dlpack::ManagedTensor managed;  // first: both have the same address
@@ -54,7 +55,7 @@ inline pybind11::capsule new_tensor(std::vector<int64_t> shape, std::vector<int6
   tensor.device = {dlpack::kCpu, 0};
   tensor.dimensions = int32_t(owner->shape.size());
   tensor.dtype = {dtype == DType::bfloat16 ? dlpack::kBFloat : dlpack::kFloat, uint8_t(8 * size_of(dtype)), 1};
-  tensor.shape = owner->shape.data(), tensor.strides = owner->strides.data();
+  tensor.shape = owner->shape.data(), tensor.strides = owner->strides.empty() ? nullptr : owner->strides.data();
   owner->managed.deleter = [](dlpack::ManagedTensor* managed) { delete reinterpret_cast<Owner*>(managed); };
   return pybind11::capsule(&owner->managed, dlpack::kCapsule, [](PyObject* capsule) {
     if (PyCapsule_IsValid(capsule, dlpack::kCapsule)) {

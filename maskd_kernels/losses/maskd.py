@@ -64,7 +64,10 @@ class MaskModule(nn.Module):
         """The weighting's parameters; None without ``weight_mask``."""
         if not self.weight_mask:
             return None
-        return MaskWeighting(*self.prob[0].parameters(), *self.prob[2].parameters())
+        conv: Any
+        projection: Any
+        conv, _, projection = self.prob
+        return MaskWeighting(conv.weight, conv.bias, projection.weight, projection.bias)
 
     def forward_mask(self, x: Tensor) -> Tensor:
         """Masks ``[N, K, *spatial]`` of features ``[N, C, *spatial]``: ``sigmoid(tokens . x)``."""
