@@ -67,11 +67,11 @@ def test_sizes_that_alternate_are_all_kept():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("shape", "stride"),
-    [((), None), ((3,), None), ((2, 0, 4), None), ((2, 3, 1, 5), None), ((2, 4, 5, 6), (120, 1, 24, 4))],
+    [((), ()), ((3,), ()), ((2, 0, 4), ()), ((2, 3, 1, 5), ()), ((2, 4, 5, 6), (120, 1, 24, 4))],
 )
 def test_tensors_are_ordinary(shape, stride, dtype):
     x = native.empty(shape, dtype, stride)
-    plain = torch.empty(shape, dtype=dtype) if stride is None else torch.empty_strided(shape, stride, dtype=dtype)
+    plain = torch.empty(shape, dtype=dtype) if not stride else torch.empty_strided(shape, stride, dtype=dtype)
     assert (x.shape, x.dtype, x.stride(), x.device) == (plain.shape, dtype, plain.stride(), plain.device)
     assert x._base is None, "a view may not be changed in place where autograd returns it"
     assert torch.equal(x.fill_(1.5).add_(1), torch.full(shape, 2.5, dtype=dtype))
