@@ -13,7 +13,7 @@ help:
 	@echo "make gpu    tests and benches on an NVIDIA GPU, with the torch that PYTHON has; installs nothing"
 	@echo "make lint   ruff, mypy, clang-format"
 
-$(INSTALLED): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*) python/bindings.cpp
+$(INSTALLED): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/* python/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,triton]"
 	@touch $@
