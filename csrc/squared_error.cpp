@@ -27,6 +27,18 @@ MASKD_INLINE void with_scale(const SquaredError& problem, int64_t n, int64_t row
   }
 }
 
+// Calls body(p, t): pieces of both maps as what they hold, if that is the same, else as T.
+template <typename T, typename Body>
+MASKD_INLINE void with_runs(const SquaredError& problem, int64_t pred_offset, int64_t target_offset, int64_t count,
+                            T* read_p, T* read_t, Body body) {
+  if (problem.pred.dtype != problem.target.dtype)
+    return body(read_run(problem.pred, pred_offset, count, read_p),
+                read_run(problem.target, target_offset, count, read_t));
+  as_stored<T>(problem.pred, [&](auto* p) {
+    body(p + pred_offset, static_cast<decltype(p)>(problem.target.data) + target_offset);
+  });
+}
+
 // Rows of several channels only where each element counts alike.
 RowBlocks rows_of(const SquaredError& problem) {
   if (problem.scale) return RowBlocks(problem.shape);
@@ -43,18 +55,20 @@ void forward(const SquaredError& problem) {
     double total = 0;
     for (int64_t row = first; row < last; ++row) {
       blocks.pieces([&](int64_t begin, int64_t count) {
-        const T* p = read_run(problem.pred, blocks.offset(problem.pred, n, row) + begin, count, read_p);
-        const T* t = read_run(problem.target, blocks.offset(problem.target, n, row) + begin, count, read_t);
+        const int64_t from_p = blocks.offset(problem.pred, n, row) + begin;
+        const int64_t from_t = blocks.offset(problem.target, n, row) + begin;
         with_scale<T>(problem, n, row, begin, [&](auto scale) {
-          const auto vector = [&](int64_t i) {
-            const Vec<T> e = scale.vector(i) * load(p + i) - load(t + i);
-            return e * e;
-          };
-          const auto scalar = [&](int64_t i) {
-            const T e = scale.at(i) * p[i] - t[i];
-            return e * e;
-          };
-          total += double(sum_values<T>(count, vector, scalar));
+          with_runs<T>(problem, from_p, from_t, count, read_p, read_t, [&](auto* p, auto* t) {
+            const auto vector = [&](int64_t i) {
+              const Vec<T> e = scale.vector(i) * load(p + i) - load(t + i);
+              return e * e;
+            };
+            const auto scalar = [&](int64_t i) {
+              const T e = scale.at(i) * T(value_of(p[i])) - T(value_of(t[i]));
+              return e * e;
+            };
+            total += double(sum_values<T>(count, vector, scalar));
+          });
         });
       });
     }

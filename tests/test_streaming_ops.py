@@ -166,7 +166,15 @@ def test_nothing_to_do(backend, operator, shape):
     assert all(g.shape == x.shape for g, x in zip(gradients, leaves, strict=True))
 
 
-@pytest.mark.parametrize(("first", "second"), [("contiguous", "channels_last"), ("channels_last", "contiguous")])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("contiguous", "channels_last"),
+        ("channels_last", "contiguous"),
+        ("contiguous", "rows"),
+        ("rows", "contiguous"),
+    ],
+)
 def test_layouts_that_differ(backend, first, second):
     pred, target = [features((2, 10, 7, 9), layout=first)], [features((2, 10, 7, 9), layout=second)]
     check(backend, "squared_error", (pred, target, [small((2, 10), torch.float32)]))
