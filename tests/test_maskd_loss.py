@@ -106,6 +106,19 @@ def test_layouts(layout, calls):
     assert calls
 
 
+@pytest.mark.parametrize("changed", ["student", "teacher"])
+def test_strides_that_differ(changed, calls):
+    """One map lies in rows of a larger image: read where it is, like the other, but elsewhere."""
+    student, teacher, tokens, weighting = make([(2, 10, 7, 9)])
+    if changed == "student":
+        student = [features((2, 10, 7, 9), layout="rows")]
+    else:
+        teacher = [features((2, 10, 7, 9), layout="rows", grad=False)]
+    check((student, teacher, tokens, weighting))
+    check((student, teacher, tokens, weighting), customize=True)
+    assert calls
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_dtypes(dtype, layout, kernels, calls):
