@@ -8,8 +8,8 @@
 namespace maskd {
 namespace {
 
-constexpr int64_t kTokenChunk = 8;   // accumulators that fit the registers beside the rows
-constexpr int64_t kSums = 8;         // lane sums taken at a time
+constexpr int64_t kTokenChunk = 8;  // accumulators that fit the registers beside the rows
+constexpr int64_t kSums = 8;        // lane sums taken at a time
 #if defined(__AVX512F__)
 constexpr int64_t kRows = 8;  // channels per step over a planar tile: as many as leave registers for the rest
 #else

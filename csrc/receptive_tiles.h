@@ -18,7 +18,7 @@ constexpr int64_t kAhead = 4;                     // pixels: how far ahead inter
 constexpr int64_t kLeastTiles = 8;  // of a level, if they have kLeastPixels: for several threads, however many
 constexpr int64_t kLeastPixels = 512;
 constexpr int64_t kCachedElements = 1 << 19;  // of maps that the caches hold from one pass to the next
-constexpr int64_t kStudentPixels = 1 << 15;  // of a tile that only needs the student's gradient: long rows in sequence
+constexpr int64_t kStudentPixels = 1 << 15;   // of a tile that only needs the student's gradient: long rows in sequence
 
 // Bump allocator; without a base it only adds up.
 struct Arena {
@@ -161,8 +161,8 @@ int worker_count(const ReceptiveProblem& problem) {
 // Whether the caches hold the maps from one pass to the next.
 bool is_cached(const ReceptiveProblem& problem) { return elements_of(problem) <= kCachedElements; }
 
-// Shares out the tasks of a pass among the threads of a parallel region. Neighbours are handed out together, and whoever
-// is held up takes fewer; of cached maps a thread gets what it had in the pass before.
+// Shares out the tasks of a pass among the threads of a parallel region. Neighbours are handed out together, and
+// whoever is held up takes fewer; of cached maps a thread gets what it had in the pass before.
 class Tasks {
  public:
   Tasks(const Plan& plan, bool cached) : total_(plan.total), cached_(cached) {}
@@ -175,8 +175,7 @@ class Tasks {
 #else
     const int64_t first = 0, step = 1;
 #endif
-    for (int64_t task = cached_ ? first : take(); task < total_; task = cached_ ? task + step : take())
-      visit(task);
+    for (int64_t task = cached_ ? first : take(); task < total_; task = cached_ ? task + step : take()) visit(task);
   }
 
  private:

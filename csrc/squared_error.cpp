@@ -34,9 +34,8 @@ MASKD_INLINE void with_runs(const SquaredError& problem, int64_t pred_offset, in
   if (problem.pred.dtype != problem.target.dtype)
     return body(read_run(problem.pred, pred_offset, count, read_p),
                 read_run(problem.target, target_offset, count, read_t));
-  as_stored<T>(problem.pred, [&](auto* p) {
-    body(p + pred_offset, static_cast<decltype(p)>(problem.target.data) + target_offset);
-  });
+  as_stored<T>(problem.pred,
+               [&](auto* p) { body(p + pred_offset, static_cast<decltype(p)>(problem.target.data) + target_offset); });
 }
 
 // Rows of several channels only where each element counts alike.

@@ -167,8 +167,8 @@ PYBIND11_MODULE(_native, m) {
         selected->maskd_loss(call);
       },
       py::arg("levels"), py::arg("addresses"), py::arg("weighting"), py::arg("batch"), py::arg("num_tokens"),
-      py::arg("float64"), py::arg("customize"), py::arg("threads"), py::arg("eps"), py::arg("upstream"), py::arg("masks"), py::arg("share"),
-      py::arg("loss"));
+      py::arg("float64"), py::arg("customize"), py::arg("threads"), py::arg("eps"), py::arg("upstream"),
+      py::arg("masks"), py::arg("share"), py::arg("loss"));
 
   py::class_<MapShape>(m, "MapShape")
       .def(py::init([](int64_t batch, int64_t channels, int64_t pixels, bool interleaved, int threads) {

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import threading
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -77,6 +78,7 @@ class Plan:
 
 _KEPT_PLANS = 1024  # images come in many sizes
 _plans: dict[Any, Plan] = {}
+_changing_plans = threading.Lock()
 
 
 def signature(
@@ -146,9 +148,10 @@ def prepare(call: Any, given: Inputs, computable: Inputs) -> tuple[Plan, Inputs]
     plan = Plan(backend, dtype, (n, k, pixels), (len(teacher), n, k), gradients, levels)
     taken = Inputs(teacher, tokens, student, weighting)
     if call is not None and all(a is b for a, b in zip(given.tensors(), taken.tensors(), strict=True)):
-        while len(_plans) >= _KEPT_PLANS:
-            _plans.pop(next(iter(_plans)), None)
-        _plans[call] = plan
+        with _changing_plans:
+            while len(_plans) >= _KEPT_PLANS:
+                del _plans[next(iter(_plans))]  # the oldest
+            _plans[call] = plan
     return plan, taken
 
 
