@@ -228,8 +228,7 @@ void run(const MaskdLoss& call) {
     first_error = arena.take<int64_t>(levels + 1);
     teachers = arena.take<ReceptiveLevel>(levels);
   });
-  const bool cached = is_cached(problem);
-  const Plan plan = lay_out<T>(problem, table, K, !cached);  // the first pass's tiles, or long rows
+  const Plan plan = lay_out<T>(problem, table, K, true);
   int64_t written_bytes = 0;
   first_error[0] = 0;
   for (int64_t l = 0; l < levels; ++l) {
@@ -269,13 +268,12 @@ void run(const MaskdLoss& call) {
   const bool apart = call.upstream != 1;
 
   int started = 0;
-  Tasks tasks(plan, cached);
+  Tasks tasks(plan, true);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const auto scratch = own_scratch<LossScratch<T>>(plan, scratch_base, &started);
     tasks.each([&](int64_t task) {
-      // In reverse, so that the pass starts in what the first left in the caches.
-      const Tile tile = plan.tile(cached ? task : plan.total - 1 - task);
+      const Tile tile = plan.tile(task);
       const int64_t l = tile.level_index, index = tile.n * plan.tiles[l] + tile.begin / tile.stride;
       student_coefficient<T>(problem, tile, call.masks, share, nullptr, scratch.weight);
       pair_up(*tile.level, scratch.weight, tile.count);

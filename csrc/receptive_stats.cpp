@@ -378,7 +378,7 @@ void forward(const ReceptiveProblem& problem, const ReceptiveStats& out) {
   });
 
   int started = 0;
-  Tasks tasks(plan, is_cached(problem));
+  Tasks tasks(plan);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const auto scratch = own_scratch<ForwardScratch<T>>(plan, scratch_base, &started);

@@ -168,8 +168,7 @@ void backward(const ReceptiveProblem& problem, const ReceptiveStats& saved, cons
   Workspace plan_memory;
   int64_t* table = nullptr;
   plan_memory.provide([&](Arena& arena) { table = arena.take<int64_t>(3 * problem.num_levels + 1); });
-  const bool cached = is_cached(problem);
-  const Plan plan = lay_out<T>(problem, table, K, !logits_wanted && !cached);
+  const Plan plan = lay_out<T>(problem, table, K, !logits_wanted);
   const bool stream = written_bytes >= kStreamBytes;
   const int threads = worker_count(problem);
   const int64_t partial_size = tokens_wanted ? K * plan.max_channels : 0;
@@ -189,13 +188,11 @@ void backward(const ReceptiveProblem& problem, const ReceptiveStats& saved, cons
   }
 
   int started = 0;
-  Tasks tasks(plan, cached);
+  Tasks tasks(plan, true);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const auto scratch = own_scratch<BackwardScratch<T>>(plan, scratch_base, &started);
-    tasks.each([&](int64_t step) {
-      // In reverse, so that the pass starts in what the forward left in the caches.
-      const int64_t task = cached ? step : plan.total - 1 - step;
+    tasks.each([&](int64_t task) {
       const Tile tile = plan.tile(task);
       const ReceptiveLevel& level = *tile.level;
       if (level.student.present())

@@ -60,6 +60,13 @@ int64_t tile_pixels(const ReceptiveProblem& problem, const ReceptiveLevel& level
   return (level.pixels + tiles - 1) / tiles;
 }
 
+int64_t elements_of(const ReceptiveProblem& problem) {
+  int64_t elements = 0;
+  for (int64_t l = 0; l < problem.num_levels; ++l)
+    elements += problem.batch * problem.levels[l].channels * problem.levels[l].pixels;
+  return elements;
+}
+
 // Which piece of which image of which level task number `index` is.
 struct Tile {
   const ReceptiveLevel* level;
@@ -72,6 +79,7 @@ struct Plan {
   int64_t* first;     // [levels + 1] first task of each level
   int64_t* size;      // [levels] pixels per tile
   int64_t* tiles;     // [levels] tiles per image
+  bool cached;        // the caches hold the maps from one pass to the next: all passes have the same tiles
   bool student_only;  // no statistics to accumulate: tiles need not hold all channels
   int64_t total = 0, max_size = 0, max_channels = 0;
 
@@ -110,7 +118,9 @@ struct Plan {
 template <typename T>
 Plan lay_out(const ReceptiveProblem& problem, int64_t* table, int64_t accumulators, bool student_only) {
   const int64_t levels = problem.num_levels;
-  Plan plan{&problem, table, table + levels + 1, table + 2 * levels + 1, student_only};
+  const bool cached = elements_of(problem) <= kCachedElements;
+  student_only &= !cached;
+  Plan plan{&problem, table, table + levels + 1, table + 2 * levels + 1, cached, student_only};
   for (int64_t l = 0; l < levels; ++l) {
     const ReceptiveLevel& level = problem.levels[l];
     int64_t size = tile_pixels<T>(problem, level, accumulators);
@@ -147,25 +157,17 @@ Scratch own_scratch(const Plan& plan, char* base, int* started) {
   return scratch;
 }
 
-int64_t elements_of(const ReceptiveProblem& problem) {
-  int64_t elements = 0;
-  for (int64_t l = 0; l < problem.num_levels; ++l)
-    elements += problem.batch * problem.levels[l].channels * problem.levels[l].pixels;
-  return elements;
-}
-
 int worker_count(const ReceptiveProblem& problem) {
   return elements_of(problem) < kSerialElements || problem.threads < 1 ? 1 : problem.threads;
 }
 
-// Whether the caches hold the maps from one pass to the next.
-bool is_cached(const ReceptiveProblem& problem) { return elements_of(problem) <= kCachedElements; }
-
 // Shares out the tasks of a pass among the threads of a parallel region. Neighbours are handed out together, and
-// whoever is held up takes fewer; of cached maps a thread gets what it had in the pass before.
+// whoever is held up takes fewer; of cached maps a thread gets what it had in the pass before. A second pass goes in
+// reverse, so that it starts in what the first left in the caches.
 class Tasks {
  public:
-  Tasks(const Plan& plan, bool cached) : total_(plan.total), cached_(cached) {}
+  explicit Tasks(const Plan& plan, bool second_pass = false)
+      : total_(plan.total), cached_(plan.cached), reversed_(second_pass && !plan.cached) {}
 
   // visit(task) for those of the calling thread.
   template <typename Visit>
@@ -175,19 +177,20 @@ class Tasks {
 #else
     const int64_t first = 0, step = 1;
 #endif
-    for (int64_t task = cached_ ? first : take(); task < total_; task = cached_ ? task + step : take()) visit(task);
+    for (int64_t i = cached_ ? first : take(); i < total_; i = cached_ ? i + step : take())
+      visit(reversed_ ? total_ - 1 - i : i);
   }
 
  private:
   int64_t take() {
-    int64_t task;
+    int64_t next;
 #pragma omp atomic capture
-    task = taken_++;
-    return task;
+    next = taken_++;
+    return next;
   }
 
   const int64_t total_;
-  const bool cached_;
+  const bool cached_, reversed_;
   int64_t taken_ = 0;
 };
 

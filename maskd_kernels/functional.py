@@ -224,7 +224,7 @@ def maskd_loss(
     """
     t, s = as_levels(teacher, "teacher"), as_levels(student, "student")
     e, w = as_levels(tokens, "tokens"), _as_weighting(weighting)
-    call = None if return_dice else loss_op.signature(channel_dim, t, e, s, w)
+    call = None if return_dice else loss_op.signature(channel_dim, loss_op.Inputs(t, e, s, w))
     plan = loss_op.recall(call)
     if plan is not None:
         inputs = loss_op.Inputs(channels_first(t, channel_dim), e, channels_first(s, channel_dim), w)
@@ -234,8 +234,9 @@ def maskd_loss(
     match_tokens(e, t)
     if w:
         match_weighting(w, t, e[0].shape[0])
-    if not return_dice and loss_op.applies(t, e, s, w):
-        plan, inputs = loss_op.prepare(call, loss_op.Inputs(t, e, s, w), loss_op.Inputs(*_computable(t, e, s), w))
+    inputs = loss_op.Inputs(t, e, s, w)
+    if not return_dice and loss_op.applies(inputs):
+        plan, inputs = loss_op.prepare(call, inputs, loss_op.Inputs(*_computable(t, e, s), w))
         return loss_op.maskd_loss(plan, inputs, customize, eps)
     with _full_precision(t[0]):
         stats = _stats(t, e, s, customize, sums=len(w) > 0)

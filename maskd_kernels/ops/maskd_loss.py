@@ -81,25 +81,15 @@ _plans: dict[Any, Plan] = {}
 _changing_plans = threading.Lock()
 
 
-def signature(
-    channel_dim: int,
-    teacher: Sequence[Tensor],
-    tokens: Sequence[Tensor],
-    student: Sequence[Tensor],
-    weighting: Sequence[Sequence[Tensor]],
-) -> Any:
+def signature(channel_dim: int, given: Inputs) -> Any:
     """All that decides whether a call is valid and how it is computed; None where something traces or watches it.
 
     Looking a call up by it takes a fraction of the time of validating it.
     """
     if not is_eager():
         return None
-    described = [
-        (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, type(x))
-        for x in (*teacher, *tokens, *student, *chain.from_iterable(weighting))
-    ]
-    counts = len(teacher), len(tokens), len(student), len(weighting)
-    return channel_dim, counts, torch.is_grad_enabled(), backends.current_backend(), *described
+    described = [(x.shape, x.stride(), x.dtype, x.device, x.requires_grad, type(x)) for x in given.tensors()]
+    return channel_dim, *map(len, given), torch.is_grad_enabled(), backends.current_backend(), *described
 
 
 def recall(call: Any) -> Plan | None:
@@ -107,13 +97,9 @@ def recall(call: Any) -> Plan | None:
     return _plans.get(call)
 
 
-def applies(
-    teacher: Sequence[Tensor],
-    tokens: Sequence[Tensor],
-    student: Sequence[Tensor],
-    weighting: Sequence[Sequence[Tensor]],
-) -> bool:
+def applies(inputs: Inputs) -> bool:
     """Whether the kernels can compute this: eager mode, and nothing but the student is trained."""
+    teacher, tokens, student, weighting = inputs
     if not is_plain([*teacher, *student]):
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in chain(teacher, tokens, *weighting)):
@@ -173,6 +159,7 @@ def _native(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, masks ``[N, K, P]`` and each mask's share of the loss ``[L, N, K]``; fills the gradients, where given."""
     teacher, tokens, student, weighting = inputs
+    customize, eps = settings
     masks, share = native.empty(plan.masks, plan.dtype), native.empty(plan.share, plan.dtype)
     loss = native.empty((), plan.dtype)
     results = [g.data_ptr() for g in gradients] or [0] * len(student)
@@ -186,9 +173,9 @@ def _native(
         batch=plan.masks[0],
         num_tokens=plan.masks[1],
         float64=plan.dtype == torch.float64,
-        customize=bool(settings[0]),  # a CPU tensor: nothing to wait for
+        customize=bool(customize),  # a CPU tensor: nothing to wait for
         threads=torch.get_num_threads(),
-        eps=settings[1],
+        eps=eps,
         upstream=upstream,
         masks=masks.data_ptr(),
         share=share.data_ptr(),
@@ -218,7 +205,7 @@ class _FrozenLoss(torch.autograd.Function):
         ctx.upstream, ctx.gradients = None, []
         teacher, tokens = inputs[:2]
         if plan.backend == "native":
-            ctx.upstream = _upstream_of(inputs.tokens[0].data_ptr())
+            ctx.upstream = _upstream_of(tokens[0].data_ptr())
             ctx.expected = ctx.upstream.last
             if differentiable and ctx.upstream.steady and any(ctx.needs_input_grad):
                 ctx.gradients = [native.empty(*g) for g in plan.gradients]
