@@ -1,119 +1,43 @@
 """Compiles what the Triton launchers launch, for architectures that are not there; prints what came out, as JSON.
 
-The operators run as they would on a GPU, with a stand-in for Triton's driver that compiles and launches nothing: what
-is looked at are the very kernels, arguments and specialisations that users get. ``--record`` writes the register table.
+``--record`` writes the register table.
 """
 
 import concurrent.futures
-import functools
-import importlib
 import itertools
 import json
 import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
-from maskd_kernels import MaskModule, backends, functional, use_backend
-from maskd_kernels import triton as kernels
-from maskd_kernels.ops.attention_stats import attention_stats
-from maskd_kernels.ops.scale_pixels import scale_pixels
-from maskd_kernels.ops.squared_error import squared_error
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from bench.compiled import (
+    ARCHITECTURES,
+    DTYPES,
+    LAYOUTS,
+    LEVELS,
+    SCENARIOS,
+    compile_kernels,
+    install,
+    jit_functions,
+    loss,
+)
+from bench.sass import tool
+from maskd_kernels import use_backend
 
 REGISTERS = Path(__file__).parent / "triton_registers.json"
-LEVELS = ((8, 16), (4, 8), (5, 5), (3, 3), (1, 2))  # some in rows of whole vectors, some not
 OTHER_LEVELS = ((5, 5), (16, 16), (8, 10), (1, 1), (40, 40))
-CHANNELS = 256
 # PyTorch's operations that launch nothing on a GPU.
 NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "view", "reshape", "slice"}
 NO_LAUNCH |= {"as_strided", "select", "unbind", "detach", "alias", "flatten", "expand", "unsqueeze"}
-
-
-def jit_functions():
-    """Every Triton kernel, by name."""
-    names = [m.name for m in pkgutil.iter_modules(kernels.__path__)]
-    modules = {name: importlib.import_module(f"{kernels.__name__}.{name}") for name in names}
-    return {
-        f"{name}.{attribute}": value
-        for name, module in modules.items()
-        for attribute, value in vars(module).items()
-        if isinstance(value, triton.JITFunction) and value.module == module.__name__
-    }
-
-
-class Driver:
-    """What Triton asks of its driver. Compiles for ``architecture``, and remembers what was launched."""
-
-    def __init__(self, architecture):
-        self.architecture, self.launches = architecture, []
-        limits = {"max_shared_mem": 1 << 30}
-        self.utils = SimpleNamespace(
-            get_device_properties=lambda device: limits, load_binary=lambda *_: (object(), 0, 0, 0, 1024)
-        )
-
-    def get_current_target(self):
-        return GPUTarget("cuda", self.architecture, 32)
-
-    def get_current_device(self):
-        return self.architecture
-
-    def get_current_stream(self, device):
-        return 0
-
-    def launcher_cls(self, source, metadata):
-        return lambda *_: self.launches.append(source.fn.__name__)
-
-
-def pyramid(dtype, interleaved, grad=False, sizes=LEVELS):
-    maps = [torch.zeros(2, CHANNELS, *size, dtype=dtype) for size in sizes]
-    if interleaved:
-        maps = [x.to(memory_format=torch.channels_last) for x in maps]
-    return [x.requires_grad_(grad) for x in maps]
-
-
-def loss(dtype, interleaved, train_all=False, sizes=LEVELS):
-    modules = [MaskModule(CHANNELS, 6).requires_grad_(train_all) for _ in sizes]
-    weighting = [m.weighting for m in modules]
-    tokens = [m.mask_token for m in modules]
-    student, teacher = (pyramid(dtype, interleaved, grad, sizes) for grad in (True, train_all))
-    return lambda: functional.maskd_loss(student, teacher, tokens, weighting=weighting).backward()
-
-
-def scale(dtype, interleaved, sizes=LEVELS):
-    factors = [torch.ones(2, *size, requires_grad=True) for size in sizes]
-    x, gradients = (pyramid(dtype, interleaved, grad, sizes) for grad in (True, False))
-    return lambda: torch.autograd.backward(scale_pixels(x, factors), gradients)
-
-
-def error(dtype, interleaved, sizes=LEVELS):
-    factors = [torch.ones(2, CHANNELS, requires_grad=True) for _ in sizes]
-    pred, target = (pyramid(dtype, interleaved, grad, sizes) for grad in (True, False))
-    return lambda: squared_error(pred, target, factors).sum().backward()
-
-
-def attention(dtype, interleaved, sizes=LEVELS):
-    x = pyramid(dtype, interleaved, True, sizes)
-    gradients = [torch.ones(2, *size) for size in sizes] + [torch.ones(2, CHANNELS) for _ in sizes]
-    return lambda: torch.autograd.backward([y for level in attention_stats(x) for y in level], gradients)
-
-
-SCENARIOS = {
-    "loss": loss,
-    "tokens": functools.partial(loss, train_all=True),
-    "scale": scale,
-    "error": error,
-    "attention": attention,
-}
 
 
 def launches_of_pytorch(call):
@@ -123,10 +47,6 @@ def launches_of_pytorch(call):
     operations = [e for e in profile.events() if e.name.startswith("aten::")]
     outermost = [e for e in operations if e.cpu_parent is None or not e.cpu_parent.name.startswith("aten::")]
     return [e.name for e in outermost if e.name.removeprefix("aten::") not in NO_LAUNCH]
-
-
-def tool(name):
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
 def inspect(kernel, architecture):
@@ -150,25 +70,12 @@ def inspect(kernel, architecture):
 
 def compile_all(architecture, dtype, layout):
     """What each scenario launched, looked into."""
-    backends.why_no_triton = lambda device_type: None
-    driver.set_active(Driver(architecture))
-    results = {}
-    for scenario, run in SCENARIOS.items():
-        for function in jit_functions().values():
-            function.device_caches.clear()
-        with use_backend("triton"):
-            run(getattr(torch, dtype), layout == "interleaved")()
-        for name, function in jit_functions().items():
-            for i, kernel in enumerate(function.device_caches[architecture][0].values()):
-                key = f"{scenario} {name}{i or ''} {layout} {dtype} sm_{architecture}"
-                results[key] = inspect(kernel, architecture)
-    return results
+    return {c.key: inspect(c.kernel, architecture) for c in compile_kernels(architecture, dtype, layout, SCENARIOS)}
 
 
 def compiled_anew():
     """Kernels that a change of image sizes compiles again."""
-    backends.why_no_triton = lambda device_type: None
-    driver.set_active(Driver(90))
+    install(90)
 
     def count(sizes):
         for run in SCENARIOS.values():
@@ -182,15 +89,14 @@ def compiled_anew():
 
 def launches_of_a_pyramid():
     """Everything that the loss over a pyramid launches, forward and backward: ours, and PyTorch's."""
-    backends.why_no_triton = lambda device_type: None
-    driver.set_active(Driver(90))
+    driver = install(90)
     with use_backend("triton"):
         others = launches_of_pytorch(loss(torch.bfloat16, False))
-    return [*driver.active.launches, *others]
+    return [*driver.launches, *others]
 
 
 def main():
-    jobs = list(itertools.product((80, 90, 100), ("float32", "float16", "bfloat16"), ("planar", "interleaved")))
+    jobs = list(itertools.product(ARCHITECTURES, DTYPES, LAYOUTS))
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         results = {k: v for result in pool.map(compile_all, *zip(*jobs, strict=True)) for k, v in result.items()}
