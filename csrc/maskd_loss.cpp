@@ -75,14 +75,17 @@ void mask_weights(const ReceptiveProblem& problem, const MaskWeighting* weightin
   }
 }
 
-// share = w / (C * N * (mass + eps)), in the place of the weights. A mask that vanished everywhere has no error
-// either; its share is finite and not 0 / 0.
+// Below this mass a mask counts as vanished: reference.least_mass says why, and what it changes.
+template <typename T>
+constexpr T kLeastMass = std::numeric_limits<T>::min() * T(int64_t(1) << 32);
+
+// share = w / (C * N * (mass + eps)), in the place of the weights.
 template <typename T>
 void shares(const MaskdLoss& call, const ReceptiveLevel& level, const T* mass, T* share) {
   const int64_t N = call.problem.batch, K = call.problem.num_tokens;
   for (int64_t i = 0; i < N * K; ++i) {
     const T weight = call.weighting ? share[i] : T(1) / T(K), sum = mass[i] + T(call.eps);
-    share[i] = weight / (sum < std::numeric_limits<T>::min() ? std::numeric_limits<T>::min() : sum);
+    share[i] = weight / (sum < kLeastMass<T> ? kLeastMass<T> : sum);
     share[i] /= T(level.channels * N);
   }
 }

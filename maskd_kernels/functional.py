@@ -20,7 +20,7 @@ from maskd_kernels.ops import maskd_loss as loss_op
 from maskd_kernels.ops import receptive_stats as stats_op
 from maskd_kernels.ops import scale_pixels as scale_op
 from maskd_kernels.ops import squared_error as error_op
-from maskd_kernels.reference import ReceptiveStats, compute_dtype
+from maskd_kernels.reference import ReceptiveStats, compute_dtype, least_mass
 from maskd_kernels.validation import (
     FLOATING,
     Levels,
@@ -119,15 +119,17 @@ def _dice(gram: Tensor) -> Tensor:
 def _masked_error(error: Tensor, mass: Tensor, weights: Tensor | None, channels: list[int], eps: float) -> Tensor:
     """Sum over levels of mean_n sum_k weights * error / (C * mass); weights None: mean over the masks too.
 
-    A mask that vanished everywhere has no error either; its share is 0 and not 0 / 0.
+    The quotient comes first: its derivative ``-(error / mass) / mass`` is then in range whatever the mass is, which
+    that of ``weights / mass`` is not.
     """
     _, n, k = error.shape
-    share = (1 / k if weights is None else weights) / (mass + eps).clamp_min(torch.finfo(mass.dtype).tiny)
-    if len(set(channels)) == 1:
-        share = share / (channels[0] * max(n, 1))
-    else:
-        share = torch.stack([x / (c * max(n, 1)) for x, c in zip(share.unbind(), channels, strict=True)])
-    return (error * share).sum()
+    quotient = error / (mass + eps).clamp_min(least_mass(mass.dtype))
+    if weights is not None:
+        quotient = quotient * weights
+    counts = [c * max(n, 1) * (k if weights is None else 1) for c in channels]
+    if len(set(counts)) == 1:
+        return quotient.sum() / counts[0]
+    return torch.stack([x.sum() / count for x, count in zip(quotient.unbind(), counts, strict=True)]).sum()
 
 
 # ---- Public functions --------------------------------------------------------------------------

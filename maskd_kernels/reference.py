@@ -36,6 +36,17 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def least_mass(dtype: torch.dtype) -> float:
+    """A mask counts as vanished below this mass ``m0``, which then stands for its own in ``error / mass``.
+
+    As no pixel's mask exceeds the mass, ``error / mass`` and, where the quotient is taken before it is multiplied,
+    its gradients are within small multiples of ``max_p mask * max_p distance``, which here is below ``m0 distance``:
+    that is what replacing the mass can change at most. ``m0`` leaves the upstream gradient a factor of ``2^32`` before
+    ``g_error = g / mass`` overflows. It is ``2^-94`` in float32 and ``2^-990`` in float64.
+    """
+    return torch.finfo(dtype).tiny * 2.0**32
+
+
 def tap_windows(spatial: Sequence[int], like: Tensor) -> Tensor:
     """``[9, P]``: 1 where a tap reads a pixel while its convolution slides over the image, padded with zeros.
 
@@ -71,7 +82,9 @@ def receptive_stats(
             if customize is not None:
                 student_masks = (e.detach() @ s.detach()).sigmoid()
                 masks = masks * torch.where(customize, student_masks, torch.ones_like(student_masks))
-            error = (masks.square() * distance[:, None]).sum(-1)
+            # In this order neither the sum nor a gradient overflows where a mask's share of the loss is large and
+            # the mask small.
+            error = (masks * (masks * distance[:, None])).sum(-1)
         levels.append(
             ReceptiveStats(
                 masks,
@@ -134,7 +147,7 @@ def receptive_stats_backward(
             s = student[level].flatten(2).to(dtype)
             coefficient = t.new_zeros(t.shape[0], t.shape[2])  # [N, P]
             if grad_error is not None:
-                coefficient = coefficient + (grad_error[level][..., None] * m.square()).sum(1)
+                coefficient = coefficient + (grad_error[level][..., None] * m * m).sum(1)
             if g_distance is not None:
                 coefficient = coefficient + g_distance
             d_student = 2 * coefficient[:, None] * (s - t)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskd_kernels.reference import TAPS, ReceptiveStats
+from maskd_kernels.reference import TAPS, ReceptiveStats, least_mass
 from maskd_kernels.triton.common import aligned, channel_alignment, encode, integer, offsets, on_its_device, pick
 from maskd_kernels.triton.receptive_stats import PRECISION, pad_tokens
 
@@ -89,7 +89,7 @@ def share_kernel(
     K: tl.constexpr,
     K_PAD: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    TINY: tl.constexpr,
+    LEAST_MASS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     n = tl.program_id(0)
@@ -107,7 +107,7 @@ def share_kernel(
         weight = tl.exp(logit - tl.max(logit, 0))
         weight = weight / tl.sum(weight, 0)
     at = (level * images + n) * K + k
-    size = tl.maximum(tl.load(mass + at, mask=k < K, other=1.0) + eps, TINY)
+    size = tl.maximum(tl.load(mass + at, mask=k < K, other=1.0) + eps, LEAST_MASS)
     part = weight / size / (integer(channels, level).to(tl.float32) * images)
     tl.store(share + at, part, mask=k < K)
     e = tl.load(error + at, mask=k < K, other=0.0)
@@ -139,7 +139,7 @@ def shares(
             K=k,
             K_PAD=pad_tokens(k),
             WEIGHTED=len(weighting) > 0,
-            TINY=torch.finfo(torch.float32).tiny,
+            LEAST_MASS=least_mass(torch.float32),
             ROWS=32,
             num_warps=1,
         )
