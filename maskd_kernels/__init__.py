@@ -2,7 +2,7 @@
 
 from maskd_kernels._version import __version__
 from maskd_kernels.backends import BackendUnavailableError, current_backend, use_backend
-from maskd_kernels.distill import Distiller, Tap, TokenTrainer, plot_masks
+from maskd_kernels.distill import Distiller, Preparation, Tap, TokenTrainer, plot_masks, prepare_teacher
 from maskd_kernels.functional import (
     MaskWeighting,
     attention_stats,
@@ -28,6 +28,7 @@ __all__ = [
     "MasKDSegLoss",
     "MaskModule",
     "MaskWeighting",
+    "Preparation",
     "Tap",
     "TokenTrainer",
     "__version__",
@@ -39,6 +40,7 @@ __all__ = [
     "masked_features",
     "masked_mse",
     "plot_masks",
+    "prepare_teacher",
     "receptive_masks",
     "scale_channels",
     "scale_pixels",

@@ -2,6 +2,7 @@
 
 from maskd_kernels.distill.distiller import Distiller, Tap
 from maskd_kernels.distill.plot import plot_masks
+from maskd_kernels.distill.prepare import Preparation, prepare_teacher
 from maskd_kernels.distill.tokens import TokenTrainer
 
-__all__ = ["Distiller", "Tap", "TokenTrainer", "plot_masks"]
+__all__ = ["Distiller", "Preparation", "Tap", "TokenTrainer", "plot_masks", "prepare_teacher"]

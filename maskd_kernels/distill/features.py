@@ -25,10 +25,16 @@ def find_layer(model: nn.Module, name: str, role: str) -> nn.Module:
     """The layer of that name, as ``named_modules`` spells it; the empty name is the model itself.
 
     Raises:
-        ValueError: no such layer, with the names that come near.
+        ValueError: no such layer, with the names that come near; or a batch norm was folded into what it puts out.
     """
     layers = dict(unwrap(model).named_modules())
     if name in layers:
+        folded = getattr(layers[name], "folded_batch_norm", None)
+        if folded is not None:
+            raise ValueError(
+                f"{role}: {name!r} puts out other values than the original since the batch norm {folded!r} was folded "
+                f"into it; tap that, or give {name!r} to prepare_teacher(taps=...)"
+            )
         return layers[name]
     near = difflib.get_close_matches(name, list(layers), n=5, cutoff=0.4)
     near = near or [top for top, _ in unwrap(model).named_children()][:8]
