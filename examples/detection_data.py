@@ -1,0 +1,97 @@
+"""Pictures with boxes from a COCO-format or VOC folder, read by torchvision."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets import CocoDetection, VOCDetection
+from torchvision.transforms.functional import hflip, pil_to_tensor
+
+# fmt: off
+VOC_CLASSES = [
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+]
+# fmt: on
+
+Sample = tuple[Tensor, dict[str, Tensor]]
+
+
+class Boxes(Dataset[Sample]):
+    """Pictures ``[3, H, W]`` in 0..1, and targets: ``boxes [n, 4]`` (left, top, right, bottom, in pixels), and
+    ``labels [n]`` from 1 on.
+
+    Args:
+        root: a COCO-format folder (``annotations/instances_<split>.json`` or ``instances_<split><year>.json``, pictures
+            in ``<split>`` or ``<split><year>``) or one that holds VOC (``VOCdevkit/VOC<year>``).
+        split: ``train``, ``val`` or ``test``.
+        flip: whether half of the pictures are mirrored.
+
+    Raises:
+        FileNotFoundError: a folder that is neither: what was looked for, and where.
+    """
+
+    def __init__(self, root: Path, split: str, flip: bool = False) -> None:
+        self.flip = flip
+        annotations = sorted((root / "annotations").glob(f"instances_{split}*.json"))
+        years = sorted((root / "VOCdevkit").glob("VOC[0-9][0-9][0-9][0-9]"))
+        listed = [year for year in years if (year / "ImageSets" / "Main" / f"{split}.txt").exists()]
+        if annotations:
+            name = annotations[-1].stem.removeprefix("instances_")
+            if not (root / name).is_dir():
+                raise FileNotFoundError(f"{root}: found {annotations[-1].name}, but no folder {name} with its pictures")
+            with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
+                self.data: Any = CocoDetection(str(root / name), str(annotations[-1]))
+            categories = self.data.coco.loadCats(sorted(self.data.coco.getCatIds()))
+            self.classes = [category["name"] for category in categories]
+            self.label = {category["id"]: i for i, category in enumerate(categories, 1)}
+            self.boxes = self._coco
+        elif listed:
+            self.data = VOCDetection(str(root), year=listed[-1].name[3:], image_set=split)
+            self.classes = VOC_CLASSES
+            self.boxes = self._voc
+        else:
+            held = ", ".join(sorted(p.name for p in root.iterdir())[:8]) if root.is_dir() else "nothing: no such folder"
+            raise FileNotFoundError(
+                f"--data {root}: neither a COCO-format folder (looked for annotations/instances_{split}*.json) nor VOC "
+                f"(looked for VOCdevkit/VOC<year>/ImageSets/Main/{split}.txt); it holds {held or 'nothing'}"
+            )
+
+    def _coco(self, annotations: list[dict[str, Any]]) -> tuple[list[list[float]], list[int]]:
+        kept = [a for a in annotations if not a.get("iscrowd")]
+        corners = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in kept)]
+        return corners, [self.label[a["category_id"]] for a in kept]
+
+    def _voc(self, annotation: dict[str, Any]) -> tuple[list[list[float]], list[int]]:
+        objects = [o for o in annotation["annotation"].get("object", []) if o.get("difficult", "0") != "1"]
+        corners = [[float(o["bndbox"][key]) for key in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
+        return corners, [VOC_CLASSES.index(o["name"]) + 1 for o in objects]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, item: int | tuple[int, float]) -> Sample:
+        index, draw = item if isinstance(item, tuple) else (item, 1.0)
+        picture, annotation = self.data[index]
+        image = pil_to_tensor(picture).float() / 255
+        corners, classes = self.boxes(annotation)
+        boxes = torch.tensor(corners, dtype=torch.float32).reshape(-1, 4)
+        if self.flip and draw < 0.5:
+            image = hflip(image)
+            boxes[:, [0, 2]] = image.shape[2] - boxes[:, [2, 0]]
+        # Detectors refuse boxes without an area.
+        real = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        return image, {"boxes": boxes[real], "labels": torch.tensor(classes, dtype=torch.int64)[real]}
+
+
+def collate(samples: Sequence[Sample]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Lists: pictures differ in size."""
+    images, targets = zip(*samples, strict=True)
+    return list(images), list(targets)

@@ -1,0 +1,264 @@
+"""The programs in examples/, with nothing beyond what the demo needs: VOC, since COCO's reader wants pycocotools."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import multiprocessing
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+pytest.importorskip("torchvision", reason="the examples build on torchvision")
+pytest.importorskip("sklearn", reason="the generated set is made of scikit-learn's digits")
+
+import common  # noqa: E402
+import detection  # noqa: E402
+import detection_data  # noqa: E402
+import detectors  # noqa: E402
+import generated  # noqa: E402
+from PIL import Image  # noqa: E402
+
+# After --data, whose defaults are the papers'.
+# fmt: off
+SMALL = [
+    "--batch", "2", "--epochs", "2", "--device", "cpu", "--optimizer", "sgd", "--lr", "0.001", "--milestones", "1",
+    "--no-flip", "--seed", "3",
+]
+SHAPE = [
+    "--teacher-backbone", "mobilenet_v3_small", "--channels", "16", "--levels", "2",
+    "--anchor", "8", "--size", "96", "96",
+]
+# fmt: on
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return generated.write_digits(tmp_path_factory.mktemp("data") / "digits", {"train": 6, "val": 2})
+
+
+@pytest.fixture(scope="module")
+def voc(coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The generated set as a VOC folder, digits under the names of VOC's first ten classes."""
+    root = tmp_path_factory.mktemp("voc")
+    year = root / "VOCdevkit" / "VOC2012"
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (year / folder).mkdir(parents=True)
+    for split in ("train", "val"):
+        content = json.loads((coco / "annotations" / f"instances_{split}.json").read_text())
+        for image in content["images"]:
+            name = f"{split}{image['id']}"
+            Image.open(coco / split / image["file_name"]).save(year / "JPEGImages" / f"{name}.jpg", format="PNG")
+            objects = ""
+            for a in content["annotations"]:
+                if a["image_id"] == image["id"]:
+                    x, y, w, h = a["bbox"]
+                    box = f"<xmin>{x}</xmin><ymin>{y}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax>"
+                    label = detection_data.VOC_CLASSES[a["category_id"] - 1]
+                    objects += f"<object><name>{label}</name><bndbox>{box}</bndbox></object>"
+            (year / "Annotations" / f"{name}.xml").write_text(f"<annotation>{objects}</annotation>")
+        names = [f"{split}{image['id']}" for image in content["images"]]
+        (year / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ImageNet weights, were they trained: with them, batch norm is frozen, as several processes need it."""
+    import torchvision
+
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("weights") / "mobilenet.pth"
+    torch.save(torchvision.models.mobilenet_v3_small(weights=None).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(voc: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a teacher and tokens."""
+    runs = tmp_path_factory.mktemp("runs")
+    common_arguments = ["--data", str(voc), "--runs", str(runs), *SMALL]
+    detection.main(["teacher", *common_arguments, *SHAPE, "--backbone-weights", str(weights)])
+    detection.main(["tokens", *common_arguments])
+    return runs
+
+
+def distil(voc: Path, trained: Path, weights: Path, out: Path, method: str, *more: str) -> dict[str, torch.Tensor]:
+    student = ["--student-backbone", "mobilenet_v3_small", "--backbone-weights", str(weights), "--warmup", "2"]
+    where = ["--data", str(voc), "--runs", str(trained), "--out", str(out)]
+    detection.main(["distil", "--method", method, *where, *student, *SMALL, *more])
+    return torch.load(out / "last.pth", weights_only=True)
+
+
+def test_digits_are_small_and_boxed_tightly(coco: Path) -> None:
+    content = json.loads((coco / "annotations" / "instances_train.json").read_text())
+    ink = []
+    for image in content["images"]:
+        label = np.asarray(Image.open(coco / "train_labels" / image["file_name"]))
+        digits = (label > 0) & (label < 255)
+        ink.append(digits.mean())
+        for a in content["annotations"]:
+            if a["image_id"] == image["id"]:
+                left, top, width, height = a["bbox"]
+                inside = label[top : top + height, left : left + width] == a["category_id"]
+                assert all(edge.any() for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]))
+                digits[top : top + height, left : left + width] = False
+        assert not digits.any(), "ink outside of every box"
+    assert 0.01 < np.mean(ink) < 0.2
+
+
+def test_sampler_gives_processes_what_one_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = common.EpochSampler(10, 4, seed=5)
+    alone.epoch = 2
+    whole = list(alone)
+    assert len(whole) == len(alone) == 8
+    shares = []
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    for number in (0, 1):
+        monkeypatch.setattr(common, "rank", lambda number=number: number)
+        sampler = common.EpochSampler(10, 4, seed=5)
+        sampler.epoch = 2
+        shares.append(list(sampler))
+    assert shares[0][:2] + shares[1][:2] + shares[0][2:] + shares[1][2:] == whole
+    alone.epoch = 3
+    assert list(alone) != whole
+    with pytest.raises(ValueError, match=r"--batch: expected a multiple of the 2 processes, got 5"):
+        common.EpochSampler(10, 5, seed=0)
+
+
+def test_full_disk_leaves_the_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.pth"
+    common.save({"model": {}, "settings": {}, "epoch": 1}, path)
+
+    def full(_state: object, file: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        common.save({"epoch": 2}, path)
+    assert common.load(path)["epoch"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pth"]
+
+
+def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "last.pth"
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*last\.pth"):
+        common.load(path)
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(ValueError, match=r"expected a checkpoint of these examples .* found state_dict"):
+        common.load(path)
+    common.save({"model": {}, "settings": {"method": "mgd", "seed": 1}}, path)
+    with pytest.raises(ValueError, match=r"method: expected 'maskd', found 'mgd'$"):
+        common.load(path, {"method": "maskd", "seed": 1})
+
+
+def test_folders_that_hold_something_else(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"instances_train\*\.json.*ImageSets/Main/train\.txt.*pictures"):
+        detection_data.Boxes(tmp_path, "train")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        detection_data.Boxes(tmp_path / "nowhere", "train")
+
+
+def test_voc_boxes_and_their_mirror(voc: Path) -> None:
+    data, mirrored = (detection_data.Boxes(voc, "train", flip) for flip in (False, True))
+    (image, target), (other, flipped) = data[0], mirrored[0, 0.2]
+    assert torch.equal(image.flip(2), other)
+    assert len(target["boxes"]) > 0
+    for box, mirror in zip(target["boxes"].int().tolist(), flipped["boxes"].int().tolist(), strict=True):
+        left, top, right, bottom = box
+        assert mirror == [96 - right, top, 96 - left, bottom]
+    assert torch.equal(mirrored[0, 0.7][0], image)
+
+
+@pytest.mark.parametrize("detector", detectors.DETECTORS)
+def test_student_inherits_neck_and_head(detector: str) -> None:
+    architecture = {
+        "detector": detector,
+        "classes": ["a", "b"],
+        "channels": 32,
+        "levels": 5,
+        "anchor": 8,
+        "size": (64, 64),
+        "frozen_norm": False,
+    }
+    teacher, student = detectors.build(architecture, "resnet18"), detectors.build(architecture, "mobilenet_v3_small")
+    levels = student.eval().backbone(torch.zeros(1, 3, 64, 64))
+    finest = 16 if detector == "faster_rcnn" else 8
+    assert [x.shape[2] for x in levels.values()] == [finest // 2**i or 1 for i in range(5)]
+    detectors.inherit(student, teacher)
+    theirs = teacher.state_dict()
+    for key, value in student.state_dict().items():
+        if key.startswith(detectors.HEADS[detector]):
+            assert torch.equal(value, theirs[key]), key
+    body = next(k for k in student.state_dict() if k.startswith("backbone.body."))
+    assert body not in theirs or not torch.equal(student.state_dict()[body], theirs[body])
+
+
+@pytest.mark.parametrize("method", ["maskd", "mgd"])
+def test_resumed_run_is_the_uninterrupted_one(
+    method: str, voc: Path, trained: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = distil(voc, trained, weights, tmp_path / "whole", method)
+    kept = common.save
+
+    def interrupted(state: dict, path: Path) -> None:
+        kept(state, path)
+        if state["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distil(voc, trained, weights, tmp_path / "parts", method)
+    monkeypatch.undo()
+    parts = distil(voc, trained, weights, tmp_path / "parts", method, "--resume")
+    assert parts["epoch"] == 2
+    for part in ("model", "module"):
+        assert parts[part].keys() == whole[part].keys()
+        for key, value in whole[part].items():
+            assert torch.equal(parts[part][key], value), key
+    assert parts["history"] == whole["history"]
+    with pytest.raises(ValueError, match=r"method: expected 'amd', found '" + method):
+        distil(voc, trained, weights, tmp_path / "parts", "amd", "--resume")
+
+
+def _two(number: int, port: int, runs: list[list[str]]) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(number), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    for arguments in runs:
+        detection.main(arguments)
+    common.stop()
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(voc: Path, trained: Path, weights: Path, tmp_path: Path) -> None:
+    """Tokens and student after four steps on the same global batches, gradients averaged over two gloo ranks."""
+    where = ["--data", str(voc), "--runs", str(trained), *SMALL]
+    student = ["--student-backbone", "mobilenet_v3_small", "--backbone-weights", str(weights), "--warmup", "2"]
+
+    def runs(folder: str) -> list[list[str]]:
+        return [
+            ["tokens", *where, "--out", str(tmp_path / folder / "tokens")],
+            ["distil", "--method", "maskd", *where, *student, "--out", str(tmp_path / folder / "maskd")],
+        ]
+
+    for arguments in runs("one"):
+        detection.main(arguments)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(_two, (port, runs("two")), nprocs=2)
+    for name in ("tokens", "maskd"):
+        one, two = (torch.load(tmp_path / f / name / "last.pth", weights_only=True) for f in ("one", "two"))
+        for key, value in one["model"].items():
+            torch.testing.assert_close(two["model"][key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: key + m)
+        if name == "maskd":
+            assert all(torch.equal(two["module"][k], v) for k, v in one["module"].items() if k.endswith("_iter"))
