@@ -4,11 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test bench gpu lint format clean help
+.PHONY: demo test fuzz sanitize bench gpu lint format clean help
 
 help:
 	@echo "make demo   distil a segmenter by every method, start to end (about 10 minutes on two cores)"
 	@echo "make test   all tests (GPU tests only where there is a GPU)"
+	@echo "make fuzz   random calls against the reference in float64 (SEED, CASES)"
+	@echo "make sanitize  fuzzer and kernel tests with AddressSanitizer and UndefinedBehaviorSanitizer in the C++ kernels"
 	@echo "make bench  microbenchmarks on the CPU against the published formula, torch.compile and a streaming pass"
 	@echo "make gpu    tests and benches on an NVIDIA GPU, with the torch that PYTHON has; installs nothing"
 	@echo "make lint   ruff, mypy, clang-format"
@@ -23,6 +25,27 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+SEED ?= 0
+CASES ?= 3000
+
+fuzz: $(INSTALLED)
+	$(BIN)/python tests/fuzz.py --seed $(SEED) --cases $(CASES)
+
+# The package beside a sanitized extension. The sanitizer's runtime must be there before Python is, and the C++ library
+# before it looks for what it intercepts; what Python and PyTorch never free is theirs: leaks are not looked for.
+SANITIZED := build/sanitized
+SANITIZED_TESTS = tests/test_fuzz.py tests/test_receptive_stats.py tests/test_maskd_loss.py tests/test_streaming_ops.py \
+	tests/test_masked_conv.py tests/test_bindings.py
+
+sanitize: $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DMASKD_SANITIZE=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SANITIZED)
+	rm -rf $(SANITIZED)/maskd_kernels && cp -r maskd_kernels $(SANITIZED)/ && rm -f $(SANITIZED)/maskd_kernels/*.so
+	cp $(SANITIZED)/_native*.so $(SANITIZED)/maskd_kernels/
+	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		$(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -k "not triton" $(addprefix $(CURDIR)/,$(SANITIZED_TESTS))
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench --json bench/results

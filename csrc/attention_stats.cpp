@@ -56,7 +56,7 @@ void add_block(const AttentionStats& problem, const RowBlocks& blocks, int64_t n
     for (int64_t row = first; row < last; row += kRows) {
       double totals[kRows] = {};
       const int64_t rows = last - row < kRows ? last - row : kRows;
-      if (blocks.columns < kStreamedRow)
+      if (blocks.columns > 0 && blocks.columns < kStreamedRow)
         prefetch_run(problem.x, blocks.offset(problem.x, n, row + kAhead * kRows), kRows * blocks.columns);
       blocks.pieces([&](int64_t begin, int64_t count) {
         auto* x = memory + blocks.offset(problem.x, n, row) + begin;
@@ -89,8 +89,6 @@ void forward(const AttentionStats& problem) {
     }
   });
   sums.total(shape.interleaved ? mean : attention, shape.interleaved ? per_pixel : per_channel);
-  if (!shape.interleaved && shape.pixels == 0)
-    for (int64_t i = 0; i < shape.batch * shape.channels; ++i) mean[i] = T(0);
 }
 
 template <typename T>

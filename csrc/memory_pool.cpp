@@ -11,17 +11,21 @@
 namespace maskd {
 namespace {
 
+#if defined(MASKD_SANITIZE)
+constexpr int64_t kPooledBytes = INT64_MAX;  // nothing: AddressSanitizer sees the end of each block
+#else
 constexpr int64_t kPooledBytes = 128 << 10;  // from here on
-constexpr int64_t kGranule = 64 << 10;       // pooled capacities are multiples of it
+#endif
+constexpr int64_t kGranule = 64 << 10;  // pooled capacities are multiples of it
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kHugePage = 2 << 20;
 
 int64_t round_up(int64_t bytes, int64_t multiple) { return (bytes + multiple - 1) / multiple * multiple; }
 
+// nullptr where the system refuses.
 void* allocate(int64_t bytes, int64_t boundary) {
-  void* data = std::aligned_alloc(size_t(boundary), size_t(round_up(bytes, boundary)));
-  if (!data && bytes > 0) throw std::bad_alloc();
-  return data;
+  void* data = nullptr;
+  return posix_memalign(&data, size_t(boundary), size_t(bytes > 0 ? bytes : 1)) == 0 ? data : nullptr;
 }
 
 struct Piece {
@@ -41,6 +45,17 @@ struct Pool {
       idle.pop_back();
     }
   }
+
+  // Under the lock. Idle memory is freed before the system's refusal counts.
+  void* allocate_or_shrink(int64_t bytes, int64_t boundary) {
+    void* data = allocate(bytes, boundary);
+    if (!data && idle_bytes > 0) {
+      shrink(0);
+      data = allocate(bytes, boundary);
+    }
+    if (!data) throw std::bad_alloc();
+    return data;
+  }
 };
 
 Pool& pool() {
@@ -53,11 +68,15 @@ Pool& pool() {
 Block::Block(int64_t bytes) : capacity_(bytes) {
   if (bytes < kPooledBytes) {
     data_ = allocate(bytes, kCacheLine);
+    if (data_) return;
+  }
+  Pool& p = pool();
+  std::lock_guard<std::mutex> lock(p.mutex);
+  if (bytes < kPooledBytes) {
+    data_ = p.allocate_or_shrink(bytes, kCacheLine);
     return;
   }
   capacity_ = round_up(bytes, kGranule);
-  Pool& p = pool();
-  std::lock_guard<std::mutex> lock(p.mutex);
   for (auto piece = p.idle.begin(); piece != p.idle.end(); ++piece) {
     // A piece a quarter too large will do: image sizes change from step to step.
     if (piece->capacity < capacity_ || piece->capacity > capacity_ + capacity_ / 4) continue;
@@ -68,7 +87,7 @@ Block::Block(int64_t bytes) : capacity_(bytes) {
     return;
   }
   const bool huge = capacity_ >= kHugePage;
-  data_ = allocate(capacity_, huge ? kHugePage : kGranule);
+  data_ = p.allocate_or_shrink(capacity_, huge ? kHugePage : kGranule);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   if (huge) madvise(data_, size_t(capacity_), MADV_HUGEPAGE);
 #endif
@@ -83,8 +102,14 @@ Block::~Block() {
   }
   Pool& p = pool();
   std::lock_guard<std::mutex> lock(p.mutex);
-  p.in_use -= capacity_, p.idle_bytes += capacity_;
-  p.idle.push_front({data_, capacity_});
+  p.in_use -= capacity_;
+  try {
+    p.idle.push_front({data_, capacity_});
+  } catch (const std::bad_alloc&) {
+    std::free(data_);
+    return;
+  }
+  p.idle_bytes += capacity_;
   p.shrink(2 * p.most_in_use);
 }
 

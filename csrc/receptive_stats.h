@@ -19,6 +19,7 @@
 namespace maskd {
 
 constexpr int kTaps = 9;
+constexpr int64_t kMaxTokens = 1024;  // validation.MAX_TOKENS says why
 
 struct ReceptiveLevel {
   Feature teacher, student;            // [N, C, P]

@@ -6,6 +6,10 @@
 #include <omp.h>
 #endif
 
+#if defined(MASKD_SANITIZE)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "memory_pool.h"
 #include "receptive_stats.h"
 
@@ -20,6 +24,12 @@ constexpr int64_t kLeastPixels = 512;
 constexpr int64_t kCachedElements = 1 << 19;  // of maps that the caches hold from one pass to the next
 constexpr int64_t kStudentPixels = 1 << 15;   // of a tile that only needs the student's gradient: long rows in sequence
 
+#if defined(MASKD_SANITIZE)
+constexpr int64_t kGap = kVectorBytes;  // between two pieces of memory, so that AddressSanitizer sees where one ends
+#else
+constexpr int64_t kGap = 0;
+#endif
+
 // Bump allocator; without a base it only adds up.
 struct Arena {
   char* base = nullptr;
@@ -28,7 +38,11 @@ struct Arena {
   template <typename T>
   T* take(int64_t count) {
     T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += round_up(count * int64_t(sizeof(T)), kVectorBytes);
+    const int64_t bytes = count * int64_t(sizeof(T)), taken = round_up(bytes, kVectorBytes) + kGap;
+#if defined(MASKD_SANITIZE)
+    if (p) __asan_poison_memory_region(reinterpret_cast<char*>(p) + bytes, size_t(taken - bytes));
+#endif
+    used += taken;
     return p;
   }
 };

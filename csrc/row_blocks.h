@@ -45,7 +45,7 @@ struct RowBlocks {
     columns = s.interleaved ? s.channels : s.pixels * folded;
     const int64_t fitting = kBlockElements / (columns > 0 ? columns : 1);
     size = fitting > kLeastRows ? fitting : kLeastRows;
-    count = columns > 0 ? (rows + size - 1) / size : 0;
+    count = (rows + size - 1) / size;  // without columns too: what is summed along rows is then 0 and not unwritten
   }
 
   int threads() const {

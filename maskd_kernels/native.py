@@ -61,7 +61,8 @@ def module() -> ModuleType:
     return loaded
 
 
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/common.h, DType
+# csrc/common.h, DType; integers in python/checks.h
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3, torch.int64: 4}
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] = ()) -> Tensor:
@@ -75,12 +76,14 @@ def empty(shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] = ()) 
     return tensor
 
 
-ABSENT = (0, 0, 0, 0, 0)
+ABSENT = (0, 0, (0, 0, 0), (0, 0, 0), 0)
 
 
-def describe(feature: Feature) -> tuple[int, int, int, int, int]:
-    """A feature as the extension takes it: address, dtype code, strides."""
-    return feature.tensor.data_ptr(), _DTYPE_CODES[feature.tensor.dtype], *feature.stride
+def describe(feature: Feature) -> tuple[int, int, tuple[int, int, int], tuple[int, int, int], int]:
+    """A feature as the extension takes it: address, dtype code, shape, strides, elements up to its memory's end."""
+    x = feature.tensor
+    available = x.untyped_storage().nbytes() // x.element_size() - int(x.storage_offset())
+    return x.data_ptr(), _DTYPE_CODES[x.dtype], feature.shape, feature.stride, available
 
 
 def map_shape(feature: Feature) -> Any:
@@ -88,9 +91,13 @@ def map_shape(feature: Feature) -> Any:
     return module().MapShape(*feature.shape, feature.interleaved, torch.get_num_threads())
 
 
-def address(x: Tensor | None) -> int:
-    """The address of a tensor's memory; 0 for none."""
-    return 0 if x is None or x.numel() == 0 else x.data_ptr()
+def address(x: Tensor | None) -> tuple[int, int, int]:
+    """Contiguous memory as the extension takes it: address, dtype code, elements; zeros for none."""
+    if x is None or x.numel() == 0:
+        return 0, 0, 0
+    if not x.is_contiguous():
+        raise ValueError(f"expected a contiguous tensor, got {list(x.shape)} with strides {list(x.stride())}")
+    return x.data_ptr(), _DTYPE_CODES[x.dtype], x.numel()
 
 
 def release_memory() -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 Levels = Tensor | Sequence[Tensor]
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
+MAX_TOKENS = 1024  # the largest Gram matrix that one Triton program holds; on a CPU tiles would shrink to few pixels
+
 
 def shape_of(x: Tensor) -> str:
     """A shape, for messages."""
@@ -102,6 +104,8 @@ def match_tokens(tokens: list[Tensor], teacher: list[Tensor]) -> None:
             raise ValueError(f"{label}: expected [K, {t.shape[1]}] for a teacher of {shape_of(t)}, got {shape_of(e)}")
         if e.shape[0] < 1:
             raise ValueError(f"{label}: expected at least one token, got {shape_of(e)}")
+        if e.shape[0] > MAX_TOKENS:
+            raise ValueError(f"{label}: expected at most {MAX_TOKENS} tokens, got {shape_of(e)}")
         if e.shape[0] != tokens[0].shape[0]:
             raise ValueError(f"{label}: expected {tokens[0].shape[0]} tokens like tokens[0], got {shape_of(e)}")
         if e.device != t.device:

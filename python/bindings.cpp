@@ -1,5 +1,5 @@
 // Python bindings of csrc/: the only place that knows both. Addresses, shapes and strides arrive as
-// integers that maskd_kernels/ops has validated; no Torch header is needed, so one build serves every Torch.
+// integers, which are checked against each other; no Torch header is needed, so one build serves every Torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "dlpack.h"
 #include "isa.h"
 #include "memory_pool.h"
@@ -39,47 +40,101 @@ void select_isa(const std::string& name) {
   throw std::invalid_argument("isa: '" + name + "' is unknown or not supported by this processor");
 }
 
-// (address, dtype code, stride_n, stride_c, stride_p); address 0: absent
-using FeatureTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;
-
 // addresses of conv_weight, conv_bias, projection_weight, projection_bias
 using WeightingTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
-
-Feature feature(const FeatureTuple& t) {
-  Feature f;
-  f.data = reinterpret_cast<void*>(std::get<0>(t));
-  f.dtype = DType(std::get<1>(t));
-  f.stride_n = std::get<2>(t), f.stride_c = std::get<3>(t), f.stride_p = std::get<4>(t);
-  return f;
-}
-
-void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 // addresses of teacher, student, tokens, grad_student
 using LevelAddresses = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
 
+// A level whose features agree with each other, and what the call's problem must agree with.
+struct CheckedLevel {
+  ReceptiveLevel level;
+  MapShape shape;
+  bool float64 = false, has_student = false;
+  BufferTuple tokens, grad_tokens;
+};
+
+CheckedLevel checked_level(const FeatureTuple& teacher, const FeatureTuple& student, const FeatureTuple& grad_teacher,
+                           const FeatureTuple& grad_student, const BufferTuple& tokens, const BufferTuple& grad_tokens,
+                           int64_t channels, int64_t pixels, bool interleaved, int64_t width, int64_t pixel_offset,
+                           int64_t channel_offset) {
+  CheckedLevel checked;
+  ReceptiveLevel& level = checked.level;
+  const MapShape shape{std::get<0>(std::get<2>(teacher)), channels, pixels, interleaved, 1};
+  const bool float64 = std::get<1>(teacher) == kFloat64;
+  check_shape(shape);
+  require(channels > 0, "channels", "expected at least one");
+  require(width == 0 || (width > 0 && pixels % width == 0), "width", "expected whole rows of pixels");
+  checked.shape = shape, checked.float64 = float64, checked.has_student = is_given(student);
+  checked.tokens = tokens, checked.grad_tokens = grad_tokens;
+  level.teacher = feature(teacher, "teacher", shape, float64);
+  level.student = optional_feature(student, "student", shape, float64);
+  level.grad_teacher = optional_feature(grad_teacher, "grad_teacher", shape, float64, true);
+  level.grad_student = optional_feature(grad_student, "grad_student", shape, float64, true);
+  level.channels = channels, level.pixels = pixels, level.interleaved = interleaved, level.width = width;
+  level.pixel_offset = pixel_offset, level.channel_offset = channel_offset;
+  return checked;
+}
+
+// The levels of a call, in agreement with each other.
+struct CheckedProblem {
+  std::vector<ReceptiveLevel> levels;
+  ReceptiveProblem problem;
+  bool has_student = true;
+
+  CheckedProblem(const std::vector<CheckedLevel>& given, int64_t batch, int64_t num_tokens, bool float64,
+                 bool customize, int threads) {
+    ReceptiveProblem& p = problem;
+    require(!given.empty(), "levels", "expected at least one");
+    require(num_tokens >= 0 && num_tokens <= kMaxTokens, "num_tokens",
+            "expected 0 to " + std::to_string(kMaxTokens) + ", got " + std::to_string(num_tokens));
+    levels.reserve(given.size());
+    for (const CheckedLevel& checked : given) {
+      levels.push_back(checked.level);
+      ReceptiveLevel& level = levels.back();
+      require(checked.shape.batch == batch, "levels", "expected the same batch size in each");
+      require(checked.float64 == float64, "levels", "expected float64 in all or none");
+      require(level.pixel_offset == p.total_pixels && level.channel_offset == p.total_channels, "levels",
+              "expected them side by side");
+      const int64_t count = num_tokens * level.channels;
+      level.tokens = required(checked.tokens, "tokens", count, compute_code(float64));
+      level.grad_tokens = wanted(checked.grad_tokens, "grad_tokens", count, compute_code(float64));
+      p.total_pixels += level.pixels, p.total_channels += level.channels;
+      has_student &= checked.has_student;
+    }
+    require(has_student || !customize, "customize", "expected a student");
+    p.levels = levels.data(), p.num_levels = int64_t(levels.size()), p.batch = batch, p.num_tokens = num_tokens;
+    p.float64 = float64, p.customize = customize, p.threads = threads;
+  }
+
+  bool empty() const { return problem.batch * problem.total_pixels == 0; }
+
+  // Those that are there, in the order of the struct's fields.
+  ReceptiveStats stats(const std::vector<BufferTuple>& given) const {
+    const ReceptiveProblem& p = problem;
+    require(given.size() == 7, "statistics", "expected seven");
+    const int code = compute_code(p.float64);
+    const int64_t N = p.batch, K = p.num_tokens, P = p.total_pixels, L = p.num_levels;
+    ReceptiveStats s;
+    s.masks = wanted(given[0], "masks", N * K * P, code);
+    s.teacher_masks = wanted(given[1], "teacher_masks", N * K * P, code);
+    s.distance = wanted(given[2], "distance", N * P, code);
+    s.mass = wanted(given[3], "mass", L * N * K, code);
+    s.error = wanted(given[4], "error", L * N * K, code);
+    s.gram = wanted(given[5], "gram", L * N * K * K, code);
+    s.sums = wanted(given[6], "sums", N * kTaps * p.total_channels, code);
+    return s;
+  }
+};
+
 // The same level elsewhere in memory.
-void place(ReceptiveLevel& level, const LevelAddresses& addresses) {
-  level.teacher.data = pointer(std::get<0>(addresses)), level.student.data = pointer(std::get<1>(addresses));
-  level.tokens = pointer(std::get<2>(addresses)), level.grad_student.data = pointer(std::get<3>(addresses));
-}
-
-// Addresses in the order of the struct's fields; 0: absent.
-ReceptiveStats stats(const std::vector<uintptr_t>& a) {
-  if (a.size() != 7) throw std::invalid_argument("expected seven addresses");
-  ReceptiveStats s;
-  s.masks = pointer(a[0]), s.teacher_masks = pointer(a[1]), s.distance = pointer(a[2]), s.mass = pointer(a[3]);
-  s.error = pointer(a[4]), s.gram = pointer(a[5]), s.sums = pointer(a[6]);
-  return s;
-}
-
-ReceptiveProblem problem(const std::vector<ReceptiveLevel>& levels, int64_t batch, int64_t num_tokens, bool float64,
-                         bool customize, int threads) {
-  ReceptiveProblem p;
-  p.levels = levels.data(), p.num_levels = int64_t(levels.size()), p.batch = batch, p.num_tokens = num_tokens;
-  p.float64 = float64, p.customize = customize, p.threads = threads;
-  for (const ReceptiveLevel& level : levels) p.total_pixels += level.pixels, p.total_channels += level.channels;
-  return p;
+void place(ReceptiveLevel& level, const LevelAddresses& addresses, int64_t batch) {
+  const auto [teacher, student, tokens, grad_student] = addresses;
+  require(teacher && student && tokens || batch * level.pixels == 0, "addresses", "expected an address, got none");
+  level.teacher.data = pointer(teacher), level.student.data = pointer(student);
+  level.tokens = pointer(tokens);
+  require(!grad_student || level.grad_student.present(), "addresses", "expected no gradient of this level");
+  level.grad_student.data = pointer(grad_student);
 }
 
 }  // namespace
@@ -98,71 +153,79 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "new_tensor",
       [](std::vector<int64_t> shape, std::vector<int64_t> strides, int dtype) {
-        return new_tensor(std::move(shape), std::move(strides), DType(dtype));
+        return new_tensor(std::move(shape), std::move(strides), checked_dtype(dtype, "dtype"));
       },
       py::arg("shape"), py::arg("strides"), py::arg("dtype"), "An uninitialised tensor as a DLPack capsule.");
   m.def(
       "pool_state", [] { return std::make_pair(pool_state().in_use, pool_state().idle); }, "Bytes in use, bytes idle.");
   m.def("release_idle_memory", &release_idle_memory);
 
-  py::class_<ReceptiveLevel>(m, "ReceptiveLevel")
-      .def(py::init([](const FeatureTuple& teacher, const FeatureTuple& student, const FeatureTuple& grad_teacher,
-                       const FeatureTuple& grad_student, uintptr_t tokens, uintptr_t grad_tokens, int64_t channels,
-                       int64_t pixels, bool interleaved, int64_t width, int64_t pixel_offset, int64_t channel_offset) {
-             ReceptiveLevel level;
-             level.teacher = feature(teacher), level.student = feature(student);
-             level.grad_teacher = feature(grad_teacher), level.grad_student = feature(grad_student);
-             level.tokens = pointer(tokens), level.grad_tokens = pointer(grad_tokens);
-             level.channels = channels, level.pixels = pixels, level.interleaved = interleaved, level.width = width;
-             level.pixel_offset = pixel_offset, level.channel_offset = channel_offset;
-             return level;
-           }),
-           py::arg("teacher"), py::arg("student"), py::arg("grad_teacher"), py::arg("grad_student"), py::arg("tokens"),
-           py::arg("grad_tokens"), py::arg("channels"), py::arg("pixels"), py::arg("interleaved"), py::arg("width"),
-           py::arg("pixel_offset"), py::arg("channel_offset"));
+  py::class_<CheckedLevel>(m, "ReceptiveLevel")
+      .def(py::init(&checked_level), py::arg("teacher"), py::arg("student"), py::arg("grad_teacher"),
+           py::arg("grad_student"), py::arg("tokens"), py::arg("grad_tokens"), py::arg("channels"), py::arg("pixels"),
+           py::arg("interleaved"), py::arg("width"), py::arg("pixel_offset"), py::arg("channel_offset"));
 
   m.def(
       "receptive_forward",
-      [](const std::vector<ReceptiveLevel>& levels, int64_t batch, int64_t num_tokens, bool float64, bool customize,
-         int threads, const std::vector<uintptr_t>& out) {
-        const ReceptiveProblem p = problem(levels, batch, num_tokens, float64, customize, threads);
-        const ReceptiveStats s = stats(out);
+      [](const std::vector<CheckedLevel>& levels, int64_t batch, int64_t num_tokens, bool float64, bool customize,
+         int threads, const std::vector<BufferTuple>& out) {
+        const CheckedProblem p(levels, batch, num_tokens, float64, customize, threads);
+        const ReceptiveStats s = p.stats(out);
+        require((s.masks || p.empty() || !num_tokens) && (s.mass || !batch || !num_tokens), "out",
+                "expected masks and mass");
+        require(p.has_student || !(s.distance || s.error), "out", "expected no distance without a student");
         py::gil_scoped_release release;
-        selected->receptive_forward(p, s);
+        selected->receptive_forward(p.problem, s);
       },
       py::arg("levels"), py::arg("batch"), py::arg("num_tokens"), py::arg("float64"), py::arg("customize"),
       py::arg("threads"), py::arg("out"));
 
   m.def(
       "receptive_backward",
-      [](const std::vector<ReceptiveLevel>& levels, int64_t batch, int64_t num_tokens, bool float64, bool customize,
-         int threads, const std::vector<uintptr_t>& saved, const std::vector<uintptr_t>& grad) {
-        const ReceptiveProblem p = problem(levels, batch, num_tokens, float64, customize, threads);
-        const ReceptiveStats s = stats(saved), g = stats(grad);
+      [](const std::vector<CheckedLevel>& levels, int64_t batch, int64_t num_tokens, bool float64, bool customize,
+         int threads, const std::vector<BufferTuple>& saved, const std::vector<BufferTuple>& grad) {
+        const CheckedProblem p(levels, batch, num_tokens, float64, customize, threads);
+        const ReceptiveStats s = p.stats(saved), g = p.stats(grad);
+        const bool empty = p.empty() || !num_tokens;
+        require(empty || s.masks, "saved", "expected masks");
+        require(empty || s.teacher_masks || !customize, "saved", "expected the teacher's masks");
+        bool of_logits = false;
+        for (const ReceptiveLevel& level : p.levels) of_logits |= level.grad_tokens || level.grad_teacher.present();
+        require(empty || s.distance || !g.error || !of_logits, "saved", "expected the distance");
         py::gil_scoped_release release;
-        selected->receptive_backward(p, s, g);
+        selected->receptive_backward(p.problem, s, g);
       },
       py::arg("levels"), py::arg("batch"), py::arg("num_tokens"), py::arg("float64"), py::arg("customize"),
       py::arg("threads"), py::arg("saved"), py::arg("grad"));
 
   m.def(
       "maskd_loss",
-      [](std::vector<ReceptiveLevel> levels, const std::vector<LevelAddresses>& addresses,
+      [](const std::vector<CheckedLevel>& levels, const std::vector<LevelAddresses>& addresses,
          const std::vector<WeightingTuple>& weighting, int64_t batch, int64_t num_tokens, bool float64, bool customize,
-         int threads, double eps, double upstream, uintptr_t masks, uintptr_t share, uintptr_t loss) {
-        for (size_t l = 0; l < levels.size(); ++l) place(levels[l], addresses.at(l));
+         int threads, double eps, double upstream, const BufferTuple& masks, const BufferTuple& share,
+         const BufferTuple& loss) {
+        CheckedProblem p(levels, batch, num_tokens, float64, customize, threads);
+        require(p.has_student, "levels", "expected a student");
+        require(addresses.size() == levels.size(), "addresses", "expected one per level");
+        require(weighting.empty() || weighting.size() == levels.size(), "weighting", "expected one per level");
+        for (size_t l = 0; l < levels.size(); ++l) place(p.levels[l], addresses[l], batch);
         std::vector<MaskWeighting> parameters;
         for (const WeightingTuple& w : weighting) {
-          MaskWeighting p;
-          p.conv_weight = pointer(std::get<0>(w)), p.conv_bias = pointer(std::get<1>(w));
-          p.projection_weight = pointer(std::get<2>(w)), p.projection_bias = pointer(std::get<3>(w));
-          parameters.push_back(p);
+          MaskWeighting own;
+          own.conv_weight = pointer(std::get<0>(w)), own.conv_bias = pointer(std::get<1>(w));
+          own.projection_weight = pointer(std::get<2>(w)), own.projection_bias = pointer(std::get<3>(w));
+          require(own.conv_weight && own.conv_bias && own.projection_weight && own.projection_bias, "weighting",
+                  "expected addresses, got none");
+          parameters.push_back(own);
         }
+        const int code = compute_code(float64);
         MaskdLoss call;
-        call.problem = problem(levels, batch, num_tokens, float64, customize, threads);
+        call.problem = p.problem;
         call.weighting = parameters.empty() ? nullptr : parameters.data();
         call.eps = eps, call.upstream = upstream;
-        call.masks = pointer(masks), call.share = pointer(share), call.loss = pointer(loss);
+        call.masks = required(masks, "masks", batch * num_tokens * p.problem.total_pixels, code);
+        call.share = required(share, "share", p.problem.num_levels * batch * num_tokens, code);
+        call.loss = required(loss, "loss", 1, code);
         py::gil_scoped_release release;
         selected->maskd_loss(call);
       },
@@ -172,15 +235,18 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<MapShape>(m, "MapShape")
       .def(py::init([](int64_t batch, int64_t channels, int64_t pixels, bool interleaved, int threads) {
-             return MapShape{batch, channels, pixels, interleaved, threads};
+             const MapShape shape{batch, channels, pixels, interleaved, threads};
+             check_shape(shape);
+             return shape;
            }),
            py::arg("batch"), py::arg("channels"), py::arg("pixels"), py::arg("interleaved"), py::arg("threads"));
 
   m.def(
       "scale_pixels_forward",
-      [](const MapShape& shape, const FeatureTuple& x, const FeatureTuple& y, uintptr_t scale, bool float64) {
+      [](const MapShape& shape, const FeatureTuple& x, const FeatureTuple& y, const BufferTuple& scale, bool float64) {
         ScalePixels p;
-        p.shape = shape, p.x = feature(x), p.y = feature(y), p.scale = pointer(scale), p.float64 = float64;
+        p.shape = shape, p.x = feature(x, "x", shape, float64), p.y = feature(y, "y", shape, float64, true),
+        p.scale = required(scale, "scale", shape.batch * shape.pixels, compute_code(float64)), p.float64 = float64;
         py::gil_scoped_release release;
         selected->scale_pixels_forward(p);
       },
@@ -189,10 +255,13 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "scale_pixels_backward",
       [](const MapShape& shape, const FeatureTuple& x, const FeatureTuple& grad_y, const FeatureTuple& grad_x,
-         uintptr_t scale, uintptr_t grad_scale, bool float64) {
+         const BufferTuple& scale, const BufferTuple& grad_scale, bool float64) {
         ScalePixels p;
-        p.shape = shape, p.x = feature(x), p.grad_y = feature(grad_y), p.grad_x = feature(grad_x);
-        p.scale = pointer(scale), p.grad_scale = pointer(grad_scale), p.float64 = float64;
+        p.shape = shape, p.x = feature(x, "x", shape, float64), p.grad_y = feature(grad_y, "grad_y", shape, float64),
+        p.grad_x = optional_feature(grad_x, "grad_x", shape, float64, true);
+        p.scale = required(scale, "scale", shape.batch * shape.pixels, compute_code(float64)),
+        p.grad_scale = wanted(grad_scale, "grad_scale", shape.batch * shape.pixels, compute_code(float64)),
+        p.float64 = float64;
         py::gil_scoped_release release;
         selected->scale_pixels_backward(p);
       },
@@ -201,11 +270,13 @@ PYBIND11_MODULE(_native, m) {
 
   m.def(
       "squared_error_forward",
-      [](const MapShape& shape, const FeatureTuple& pred, const FeatureTuple& target, uintptr_t scale, uintptr_t error,
-         bool float64) {
+      [](const MapShape& shape, const FeatureTuple& pred, const FeatureTuple& target, const BufferTuple& scale,
+         const BufferTuple& error, bool float64) {
         SquaredError p;
-        p.shape = shape, p.pred = feature(pred), p.target = feature(target);
-        p.scale = pointer(scale), p.error = pointer(error), p.float64 = float64;
+        p.shape = shape, p.pred = feature(pred, "pred", shape, float64),
+        p.target = feature(target, "target", shape, float64);
+        p.scale = wanted(scale, "scale", shape.batch * shape.channels, compute_code(float64)),
+        p.error = required(error, "error", shape.batch, compute_code(float64)), p.float64 = float64;
         py::gil_scoped_release release;
         selected->squared_error_forward(p);
       },
@@ -214,11 +285,16 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "squared_error_backward",
       [](const MapShape& shape, const FeatureTuple& pred, const FeatureTuple& target, const FeatureTuple& grad_pred,
-         const FeatureTuple& grad_target, uintptr_t scale, uintptr_t grad_scale, uintptr_t grad, bool float64) {
+         const FeatureTuple& grad_target, const BufferTuple& scale, const BufferTuple& grad_scale,
+         const BufferTuple& grad, bool float64) {
         SquaredError p;
-        p.shape = shape, p.pred = feature(pred), p.target = feature(target);
-        p.grad_pred = feature(grad_pred), p.grad_target = feature(grad_target);
-        p.scale = pointer(scale), p.grad_scale = pointer(grad_scale), p.grad = pointer(grad), p.float64 = float64;
+        p.shape = shape, p.pred = feature(pred, "pred", shape, float64),
+        p.target = feature(target, "target", shape, float64);
+        p.grad_pred = optional_feature(grad_pred, "grad_pred", shape, float64, true),
+        p.grad_target = optional_feature(grad_target, "grad_target", shape, float64, true);
+        p.scale = wanted(scale, "scale", shape.batch * shape.channels, compute_code(float64)),
+        p.grad_scale = wanted(grad_scale, "grad_scale", shape.batch * shape.channels, compute_code(float64)),
+        p.grad = required(grad, "grad", shape.batch, compute_code(float64)), p.float64 = float64;
         py::gil_scoped_release release;
         selected->squared_error_backward(p);
       },
@@ -227,9 +303,12 @@ PYBIND11_MODULE(_native, m) {
 
   m.def(
       "attention_stats_forward",
-      [](const MapShape& shape, const FeatureTuple& x, uintptr_t attention, uintptr_t mean, bool float64) {
+      [](const MapShape& shape, const FeatureTuple& x, const BufferTuple& attention, const BufferTuple& mean,
+         bool float64) {
         AttentionStats p;
-        p.shape = shape, p.x = feature(x), p.attention = pointer(attention), p.mean = pointer(mean);
+        p.shape = shape, p.x = feature(x, "x", shape, float64),
+        p.attention = required(attention, "attention", shape.batch * shape.pixels, compute_code(float64)),
+        p.mean = required(mean, "mean", shape.batch * shape.channels, compute_code(float64));
         p.float64 = float64;
         py::gil_scoped_release release;
         selected->attention_stats_forward(p);
@@ -238,11 +317,14 @@ PYBIND11_MODULE(_native, m) {
 
   m.def(
       "attention_stats_backward",
-      [](const MapShape& shape, const FeatureTuple& x, const FeatureTuple& grad_x, uintptr_t grad_attention,
-         uintptr_t grad_mean, bool float64) {
+      [](const MapShape& shape, const FeatureTuple& x, const FeatureTuple& grad_x, const BufferTuple& grad_attention,
+         const BufferTuple& grad_mean, bool float64) {
         AttentionStats p;
-        p.shape = shape, p.x = feature(x), p.grad_x = feature(grad_x);
-        p.grad_attention = pointer(grad_attention), p.grad_mean = pointer(grad_mean), p.float64 = float64;
+        p.shape = shape, p.x = feature(x, "x", shape, float64),
+        p.grad_x = optional_feature(grad_x, "grad_x", shape, float64, true);
+        p.grad_attention = wanted(grad_attention, "grad_attention", shape.batch * shape.pixels, compute_code(float64)),
+        p.grad_mean = wanted(grad_mean, "grad_mean", shape.batch * shape.channels, compute_code(float64)),
+        p.float64 = float64;
         py::gil_scoped_release release;
         selected->attention_stats_backward(p);
       },
@@ -251,11 +333,16 @@ PYBIND11_MODULE(_native, m) {
 
   m.def(
       "sum_taps",
-      [](uintptr_t table, uintptr_t slot, uintptr_t bias, uintptr_t out, int64_t height, int64_t width,
-         int64_t channels, int threads) {
+      [](const BufferTuple& table, const BufferTuple& slot, const BufferTuple& bias, const BufferTuple& out,
+         int64_t height, int64_t width, int64_t channels, int threads) {
         SumTaps p;
-        p.table = static_cast<const float*>(pointer(table)), p.slot = static_cast<const int64_t*>(pointer(slot));
-        p.bias = static_cast<const float*>(pointer(bias)), p.out = static_cast<float*>(pointer(out));
+        const int64_t kept = std::get<2>(table) / (9 * (channels > 0 ? channels : 1));
+        require(height >= 0 && width >= 0 && channels > 0, "shape", "expected no negative size, and channels");
+        p.table = static_cast<const float*>(required(table, "table", kept * 9 * channels, kFloat32));
+        p.slot = static_cast<const int64_t*>(required(slot, "slot", height * width, kInt64));
+        p.bias = static_cast<const float*>(required(bias, "bias", channels, kFloat32));
+        p.out = static_cast<float*>(required(out, "out", height * width * channels, kFloat32));
+        for (int64_t i = 0; i < height * width; ++i) require(p.slot[i] < kept, "slot", "expected rows of the table");
         p.height = height, p.width = width, p.channels = channels, p.threads = threads;
         py::gil_scoped_release release;
         selected->sum_taps(p);
@@ -266,6 +353,7 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "streaming_difference",
       [](uintptr_t a, uintptr_t b, uintptr_t out, int64_t count, int threads) {
+        require((a && b && out) || count <= 0, "a, b, out", "expected addresses, got none");
         py::gil_scoped_release release;
         selected->streaming_difference(static_cast<const float*>(pointer(a)), static_cast<const float*>(pointer(b)),
                                        static_cast<float*>(pointer(out)), count, threads);

@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
 #include <vector>
 
 #include "common.h"
@@ -47,8 +48,16 @@ inline pybind11::capsule new_tensor(std::vector<int64_t> shape, std::vector<int6
     std::vector<int64_t> shape, strides;
     Block block;
   };
-  int64_t bytes = size_of(dtype);
-  for (int64_t size : shape) bytes *= size;
+  if (!strides.empty() && strides.size() != shape.size())
+    throw std::invalid_argument("strides: expected one per size, or none");
+  int64_t bytes = size_of(dtype), last = 0;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    if (shape[i] < 0 || __builtin_mul_overflow(bytes, shape[i], &bytes))
+      throw std::invalid_argument("shape: expected sizes whose product is a number of bytes");
+    if (!strides.empty()) last += (shape[i] - 1) * strides[i];
+  }
+  if (bytes > 0 && (last < 0 || (last + 1) * size_of(dtype) > bytes))
+    throw std::invalid_argument("strides: expected those of a dense tensor");
   Owner* owner = new Owner{{}, std::move(shape), std::move(strides), Block(bytes)};
   dlpack::Tensor& tensor = owner->managed.tensor;
   tensor.data = owner->block.data();

@@ -1,6 +1,8 @@
 """Large results of the native kernels live in memory that is kept and reused."""
 
 import gc
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -90,3 +92,24 @@ def test_memory_that_nobody_takes_is_given_back():
     assert state()[0] == before + 4 * LARGE[0]
     del capsule
     assert state() == (before, 4 * LARGE[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_idle_memory_is_freed_before_memory_is_short():
+    """Under a limit of address space that leaves room only where the idle memory was."""
+    program = """
+import resource, torch
+from maskd_kernels import native
+native.empty((128 << 20,), torch.float32)  # 512 MiB, idle from here on
+assert native.module().pool_state() == (0, 512 << 20)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
+x = native.empty((100 << 20,), torch.float32)  # too small for the idle piece, too large beside it
+assert native.module().pool_state() == (400 << 20, 0)
+try:
+    native.empty((1 << 30,), torch.float32)
+except MemoryError:
+    print("refused")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "refused\n", done.stderr

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ def copy_all(destinations: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
         destination.copy_(source)
 
 
-def describe_result(results: Sequence[Tensor], level: int) -> tuple[int, int, int, int, int]:
+def describe_result(results: Sequence[Tensor], level: int) -> tuple[Any, ...]:
     """A level's result as the extension takes it; absent where results are not wanted."""
     return native.describe(dense_view(results[level])) if results else native.ABSENT
 

@@ -177,9 +177,9 @@ def _native(
         threads=torch.get_num_threads(),
         eps=eps,
         upstream=upstream,
-        masks=masks.data_ptr(),
-        share=share.data_ptr(),
-        loss=loss.data_ptr(),
+        masks=native.address(masks),
+        share=native.address(share),
+        loss=native.address(loss),
     )
     return loss, masks, share
 

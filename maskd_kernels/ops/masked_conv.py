@@ -81,7 +81,7 @@ def _forward(x: Tensor, keep: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             table=native.address(table),
             slot=native.address(slot),
             bias=native.address(bias),
-            out=native.address(out[image]),
+            out=native.address(out[image].permute(1, 2, 0)),
             height=height,
             width=width,
             channels=d,

@@ -248,7 +248,7 @@ def native_levels(
                 grad_teacher=layout.describe_result(grad_teacher, i),
                 grad_student=layout.describe_result(grad_student, i),
                 tokens=native.address(token),
-                grad_tokens=native.address(grad_tokens[i]) if grad_tokens else 0,
+                grad_tokens=native.address(grad_tokens[i] if grad_tokens else None),
                 channels=channels,
                 pixels=pixels,
                 interleaved=t.interleaved,

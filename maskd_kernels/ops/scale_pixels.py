@@ -93,7 +93,7 @@ def _backward(x: list[Tensor], scale: list[Tensor], grad: list[Tensor], needs: l
                 grad_y=native.describe(g),
                 grad_x=layout.describe_result(grad_x, i),
                 scale=native.address(factor),
-                grad_scale=native.address(grad_scale[i]) if grad_scale else 0,
+                grad_scale=native.address(grad_scale[i] if grad_scale else None),
                 float64=level.dtype == torch.float64,
             )
     else:

@@ -66,7 +66,7 @@ def _forward(pred: list[Tensor], target: list[Tensor], scale: list[Tensor]) -> T
                 shape=native.map_shape(p),
                 pred=native.describe(p),
                 target=native.describe(t),
-                scale=native.address(scale[i]) if scale else 0,
+                scale=native.address(scale[i] if scale else None),
                 error=native.address(out[i]),
                 float64=raw.dtype == torch.float64,
             )
@@ -125,8 +125,8 @@ def _backward(
                 target=native.describe(t),
                 grad_pred=layout.describe_result(grad_pred, i),
                 grad_target=layout.describe_result(grad_target, i),
-                scale=native.address(scale[i]) if scale else 0,
-                grad_scale=native.address(grad_scale[i]) if grad_scale else 0,
+                scale=native.address(scale[i] if scale else None),
+                grad_scale=native.address(grad_scale[i] if grad_scale else None),
                 grad=native.address(grad[i]),
                 float64=raw.dtype == torch.float64,
             )
