@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import threading
+import weakref
+from contextvars import ContextVar
 from types import TracebackType
 
 import torch
@@ -25,11 +28,17 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_forced = _checked(os.environ.get("MASKD_KERNELS_BACKEND", "auto"), "MASKD_KERNELS_BACKEND")
+_from_environment = _checked(os.environ.get("MASKD_KERNELS_BACKEND", "auto"), "MASKD_KERNELS_BACKEND")
+_of_block: ContextVar[str | None] = ContextVar("maskd_kernels_backend", default=None)
+# The process's default is the last one's name. A `with` block takes its own back, in whatever order blocks overlap.
+_calls: list[tuple[str, weakref.ref[use_backend]]] = []
+_changing_calls = threading.Lock()
 
 
 class use_backend:
-    """Forces a backend from here on; as a context manager, until the block ends.
+    """Forces a backend for the whole process; as a context manager, for the block and its own thread or task alone.
+
+    A backward uses the backend of its forward, wherever it runs; compiled code takes the one that is set when it runs.
 
     Args:
         name: ``auto`` (CUDA tensors: triton; CPU tensors: native, else reference; anything else: reference),
@@ -46,23 +55,34 @@ class use_backend:
     """
 
     def __init__(self, name: str) -> None:
-        global _forced
-        self._previous = _forced
-        _forced = _checked(name, "backend")
+        self._name = _checked(name, "backend")
+        self._outer: list[str | None] = []
+        with _changing_calls:
+            # Who is gone enters no block any more: what was set before it never comes back.
+            final = [i for i, (_, call) in enumerate(_calls) if call() is None]
+            del _calls[: final[-1] if final else 0]
+            _calls.append((name, weakref.ref(self)))
 
     def __enter__(self) -> use_backend:
+        with _changing_calls:
+            _calls[:] = [entry for entry in _calls if entry[1]() is not self]
+        self._outer.append(_of_block.get())
+        _of_block.set(self._name)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _forced
-        _forced = self._previous
+        _of_block.set(self._outer.pop())
 
 
 def current_backend() -> str:
     """The backend that is forced, or ``auto``."""
-    return _forced
+    forced = _of_block.get()
+    if forced is not None:
+        return forced
+    calls = _calls[-1:]  # at once: another thread may empty it
+    return calls[0][0] if calls else _from_environment
 
 
 @functools.cache
@@ -98,16 +118,22 @@ def why_unavailable(name: str, device_type: str, dtype: torch.dtype) -> str | No
     return None
 
 
-def resolve(device: torch.device, dtype: torch.dtype) -> str:
+def resolve(device: torch.device, dtype: torch.dtype, asked: str | None = None) -> str:
     """The backend for tensors on this device that are computed in this dtype.
+
+    Args:
+        device: of the tensors.
+        dtype: of the computation.
+        asked: what ``current_backend()`` was when the call began; None: what it is now.
 
     Raises:
         BackendUnavailableError: when a forced backend cannot run, with the reason.
     """
-    if _forced != "auto":
-        reason = why_unavailable(_forced, device.type, dtype)
+    asked = asked or current_backend()
+    if asked != "auto":
+        reason = why_unavailable(asked, device.type, dtype)
         if reason is not None:
-            raise BackendUnavailableError(f"backend {_forced!r} was asked for but is unavailable: {reason}")
-        return _forced
+            raise BackendUnavailableError(f"backend {asked!r} was asked for but is unavailable: {reason}")
+        return asked
     preferred = {"cuda": "triton", "cpu": "native"}.get(device.type, "reference")
     return preferred if why_unavailable(preferred, device.type, dtype) is None else "reference"

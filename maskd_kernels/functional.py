@@ -14,6 +14,7 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
+from maskd_kernels import backends
 from maskd_kernels.ops import attention_stats as attention_op
 from maskd_kernels.ops import layout
 from maskd_kernels.ops import maskd_loss as loss_op
@@ -226,7 +227,8 @@ def maskd_loss(
     """
     t, s = as_levels(teacher, "teacher"), as_levels(student, "student")
     e, w = as_levels(tokens, "tokens"), _as_weighting(weighting)
-    call = None if return_dice else loss_op.signature(channel_dim, loss_op.Inputs(t, e, s, w))
+    asked = "" if torch.compiler.is_compiling() else backends.current_backend()
+    call = None if return_dice else loss_op.signature(channel_dim, loss_op.Inputs(t, e, s, w), asked)
     plan = loss_op.recall(call)
     if plan is not None:
         inputs = loss_op.Inputs(channels_first(t, channel_dim), e, channels_first(s, channel_dim), w)
@@ -237,8 +239,8 @@ def maskd_loss(
     if w:
         match_weighting(w, t, e[0].shape[0])
     inputs = loss_op.Inputs(t, e, s, w)
-    if not return_dice and loss_op.applies(inputs):
-        plan, inputs = loss_op.prepare(call, inputs, loss_op.Inputs(*_computable(t, e, s), w))
+    if not return_dice and loss_op.applies(inputs, asked):
+        plan, inputs = loss_op.prepare(call, inputs, loss_op.Inputs(*_computable(t, e, s), w), asked)
         return loss_op.maskd_loss(plan, inputs, customize, eps)
     with _full_precision(t[0]):
         stats = _stats(t, e, s, customize, sums=len(w) > 0)
@@ -378,7 +380,8 @@ def masked_features(
             scale = (weights[:, None] @ stats.masks).squeeze(1)  # [N, P]
         else:
             scale = stats.masks.sum(1)
-        (seen,) = scale_op.scale_pixels(t, [scale.reshape(len(scale), *t[0].shape[2:])])
+        scale = scale.reshape(len(scale), *t[0].shape[2:])
+        (seen,) = scale_op.scale_pixels(t, _computed([scale], t))
         return seen if channel_dim == 1 else seen.movedim(1, -1), _dice(stats.gram)[0]
 
 
@@ -453,6 +456,13 @@ def scale_channels(x: Levels, scale: Levels, *, channel_dim: int = 1) -> Tensor 
     return scaled[0] if isinstance(x, Tensor) else scaled
 
 
+def _same_precision(*features: list[Tensor]) -> tuple[list[Tensor], ...]:
+    """One float64 makes all float64: what comes of several levels has one dtype."""
+    if any([x.dtype == torch.float64 for group in features for x in group]):
+        return tuple([x.double() for x in group] for group in features)
+    return features
+
+
 def _computed(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     """Small factors as the operators take them: contiguous, in the features' compute dtype."""
     return [layout.as_dense(x, compute_dtype(y.dtype)) for x, y in zip(tensors, like, strict=True)]
@@ -482,8 +492,7 @@ def squared_error(pred: Levels, target: Levels, *, channel_scale: Levels | None 
     """
     p, t = as_features(pred, "pred", channel_dim), as_features(target, "target", channel_dim)
     match_features(p, t, "pred", "target")
-    if any(x.dtype == torch.float64 for x in (*p, *t)):
-        p, t = [x.double() for x in p], [x.double() for x in t]
+    p, t = _same_precision(p, t)
     scale: list[Tensor] = []
     if channel_scale is not None:
         scale = _computed(match_scale(channel_scale, "channel_scale", p, "channels", "pred"), p)
@@ -499,7 +508,7 @@ def attention_stats(x: Levels, *, channel_dim: int = 1) -> tuple[Tensor, Tensor]
         channel_dim: 1, or -1 for ``[N, *spatial, C]``.
 
     Returns:
-        ``mean_c |x|`` ``[N, *spatial]`` and ``mean_p x`` ``[N, C]``, float32 (float64 for float64 features); two lists
+        ``mean_c |x|`` ``[N, *spatial]`` and ``mean_p x`` ``[N, C]``, float32 (float64 where any level is); two lists
         where a list was given. Differentiable.
 
     Raises:
@@ -513,5 +522,6 @@ def attention_stats(x: Levels, *, channel_dim: int = 1) -> tuple[Tensor, Tensor]
         (tensor([1.]), tensor([[-1., -1., -1.]]))
     """
     levels = as_features(x, "x", channel_dim)
+    (levels,) = _same_precision(levels)
     attention, mean = attention_op.attention_stats(levels)
     return (attention[0], mean[0]) if isinstance(x, Tensor) else (attention, mean)

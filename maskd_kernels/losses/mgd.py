@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskd_kernels import functional
 from maskd_kernels.losses.generation import Channels, GenerativeLoss
@@ -31,6 +31,23 @@ MGD_PRESETS: Mapping[str, dict[str, Any]] = MappingProxyType(
         "classification": {"alpha_mgd": 7e-5, "lambda_mgd": 0.15, "mask_on_channel": True},
     }
 )
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _is_as_built(block: nn.Module) -> bool:
+    """Whether calling the block's first convolution does nothing but convolve: no hooks, nothing put in its place."""
+    first = block[0] if type(block) is nn.Sequential else None
+    return (
+        type(first) is nn.Conv2d
+        and "forward" not in vars(first)
+        and (first.kernel_size, first.stride, first.padding, first.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
+        and (first.groups, first.padding_mode) == (1, "zeros")
+        and first.bias is not None
+        and not any(getattr(m, hooks) for m in (block, first) for hooks in _HOOKS)
+        and not nn.modules.module._has_any_global_hook()
+    )
 
 
 class MGDLoss(GenerativeLoss):
@@ -128,6 +145,7 @@ class MGDLoss(GenerativeLoss):
             and all(x.dtype == torch.float32 and x.shape[1] >= LEAST_CHANNELS for x in aligned)
             and max(math.prod(x.shape[2:]) for x in aligned) >= LEAST_PIXELS
             and not torch.is_autocast_enabled(aligned[0].device.type)
+            and all(_is_as_built(block) for block in self._blocks(len(aligned)))
         )
 
     def _generated_from_kept(self, aligned: list[Tensor], masks: list[Tensor]) -> list[Tensor]:

@@ -103,6 +103,7 @@ def describe_result(results: Sequence[Tensor], level: int) -> tuple[Any, ...]:
 
 def is_small(levels: Sequence[Tensor], elements: int) -> bool:
     """Whether PyTorch's own operations are faster on a CPU, as calling a custom operator costs more than it saves."""
-    if backends.current_backend() != "auto" or not levels[0].is_cpu:
+    # Compiled code takes the backend that is set when it runs, which is not known while it is traced.
+    if torch.compiler.is_compiling() or backends.current_backend() != "auto" or not levels[0].is_cpu:
         return False
     return sum([level.numel() for level in levels]) < elements

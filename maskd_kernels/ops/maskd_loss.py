@@ -81,15 +81,17 @@ _plans: dict[Any, Plan] = {}
 _changing_plans = threading.Lock()
 
 
-def signature(channel_dim: int, given: Inputs) -> Any:
+def signature(channel_dim: int, given: Inputs, asked: str) -> Any:
     """All that decides whether a call is valid and how it is computed; None where something traces or watches it.
 
     Looking a call up by it takes a fraction of the time of validating it.
     """
     if not is_eager():
         return None
-    described = [(x.shape, x.stride(), x.dtype, x.device, x.requires_grad, type(x)) for x in given.tensors()]
-    return channel_dim, *map(len, given), torch.is_grad_enabled(), backends.current_backend(), *described
+    described = [
+        (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, type(x), x.is_neg()) for x in given.tensors()
+    ]
+    return channel_dim, *map(len, given), torch.is_grad_enabled(), asked, *described
 
 
 def recall(call: Any) -> Plan | None:
@@ -97,27 +99,28 @@ def recall(call: Any) -> Plan | None:
     return _plans.get(call)
 
 
-def applies(inputs: Inputs) -> bool:
+def applies(inputs: Inputs, asked: str) -> bool:
     """Whether the kernels can compute this: eager mode, and nothing but the student is trained."""
-    teacher, tokens, student, weighting = inputs
-    if not is_plain([*teacher, *student]):
+    teacher, tokens, _student, weighting = inputs
+    if not is_plain(inputs.tensors()):
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in chain(teacher, tokens, *weighting)):
         return False
-    return backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype)) != "reference"
+    return backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype), asked) != "reference"
 
 
-def prepare(call: Any, given: Inputs, computable: Inputs) -> tuple[Plan, Inputs]:
+def prepare(call: Any, given: Inputs, computable: Inputs, asked: str) -> tuple[Plan, Inputs]:
     """The plan, and the inputs as it takes them; recalled by the signature where these are the given ones.
 
     Args:
         call: the signature of what was given.
         given: valid inputs.
         computable: the same, features and tokens in dtypes that the kernels take.
+        asked: the backend that was asked for when the call began: another thread may ask for another meanwhile.
     """
     teacher, tokens, student, weighting = computable
     dtype = compute_dtype(teacher[0].dtype)
-    backend = backends.resolve(teacher[0].device, dtype)
+    backend = backends.resolve(teacher[0].device, dtype, asked)
     weighting = [[layout.as_dense(w, dtype) for w in level] for level in weighting]
     gradients, levels = [], []
     if backend == "native":
@@ -221,7 +224,7 @@ class _FrozenLoss(torch.autograd.Function):
         # Handed out once: whoever receives the gradient may change it.
         gradients, ctx.gradients = ctx.gradients, []
         if ctx.upstream is not None:
-            value = float(grad)  # a CPU tensor: nothing to wait for
+            value = grad.item()  # a CPU tensor: nothing to wait for
             ctx.upstream.record(value)
             gradients = gradients if value == ctx.expected else []
         # With create_graph the operator runs, which says that it has no second derivative.

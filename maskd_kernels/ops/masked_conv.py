@@ -73,8 +73,8 @@ def _forward(x: Tensor, keep: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     rows, matrix, bias = x.flatten(2).mT, _as_matrix(weight).contiguous(), bias.contiguous()
     for image in range(n):
         kept = keep[image].flatten().nonzero().squeeze(1)
-        slot = torch.full((height * width,), -1)
-        slot[kept] = torch.arange(len(kept))
+        slot = torch.full((height * width,), -1, dtype=torch.int64, device=x.device)
+        slot[kept] = torch.arange(len(kept), device=x.device)
         table = native.empty((len(kept), 9 * d), x.dtype)
         torch.mm(rows[image].index_select(0, kept), matrix, out=table)
         native.module().sum_taps(
@@ -104,7 +104,7 @@ def _backward_fake(
 def _backward(
     x: Tensor, keep: Tensor, weight: Tensor, grad: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, c, _, width = x.shape
+    n, c, height, width = x.shape
     d = weight.shape[0]
     grad_x, grad_weight, grad_bias = _backward_fake(x, keep, weight, grad, needs)
     if needs[2]:
@@ -117,8 +117,8 @@ def _backward(
         return grad_x, grad_weight, grad_bias
     matrix = _as_matrix(weight)
     # A pixel meets tap (i, j) in the output (1 - i, 1 - j) away from it; a border of zeros stands for those outside.
-    padded = F.pad(grad, (1, 1, 1, 1)).permute(0, 2, 3, 1).reshape(n, -1, d)
-    away = torch.tensor([(1 - i) * (width + 2) + (1 - j) for i in range(3) for j in range(3)])
+    padded = F.pad(grad, (1, 1, 1, 1)).permute(0, 2, 3, 1).reshape(n, (height + 2) * (width + 2), d)
+    away = torch.tensor([(1 - i) * (width + 2) + (1 - j) for i in range(3) for j in range(3)], device=x.device)
     sums = matrix.new_zeros(c, 9 * d) if needs[1] else None
     for image in range(n):
         kept = keep[image].flatten().nonzero().squeeze(1)

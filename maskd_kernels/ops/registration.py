@@ -24,7 +24,8 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether kernels may run outside the dispatcher: eagerly, and on memory."""
     if not is_eager() or tensors[0].is_meta:
         return False
-    return all([type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors])
+    # Negated views hold the opposite of their values in memory.
+    return all([(type(x) is Tensor or type(x) is torch.nn.Parameter) and not x.is_neg() for x in tensors])
 
 
 class Operator:
