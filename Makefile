@@ -4,10 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test fuzz sanitize bench gpu lint format clean help
+.PHONY: demo study test fuzz sanitize bench gpu lint format clean help
 
 help:
 	@echo "make demo   distil a segmenter by every method, start to end (about 10 minutes on two cores)"
+	@echo "make study  what masks add to distilling a detector, five seeds (up to three hours on two cores; resumes)"
 	@echo "make test   all tests (GPU tests only where there is a GPU)"
 	@echo "make fuzz   random calls against the reference in float64 (SEED, CASES)"
 	@echo "make sanitize  fuzzer and kernel tests with AddressSanitizer and UndefinedBehaviorSanitizer in the C++ kernels"
@@ -22,6 +23,10 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard 
 
 demo: $(INSTALLED)
 	$(BIN)/maskd-kernels demo --out demo_output
+
+study: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[examples]"
+	$(BIN)/python examples/study.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -210,9 +210,9 @@ def train_tokens(args: argparse.Namespace, device: torch.device) -> None:
         return {**losses, "dice": dice, "_mean_mask": mean}
 
     trainer.run(step, loader, args.epochs, "tokens")
-    finish(args, trainer)
     if common.rank() == 0:
         tokens.save(args.out / "tokens.pth")
+    finish(args, trainer)
 
 
 def distil(args: argparse.Namespace, device: torch.device) -> None:
@@ -305,8 +305,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]
     result = mean_average_precision(model, data, device, args.batch, args.scale)
     if common.rank() == 0:
         path = args.checkpoint.parent / f"{args.split}.json"
-        path.write_text(json.dumps(result, indent=2) + "\n")
         draw_boxes(model, data, device, path.with_suffix(".png"))
+        path.write_text(json.dumps(result, indent=2) + "\n")
         print("  ".join(f"{name} {value:.2f}" for name, value in result.items()))
     return result
 

@@ -24,6 +24,7 @@ import detection  # noqa: E402
 import detection_data  # noqa: E402
 import detectors  # noqa: E402
 import generated  # noqa: E402
+import study  # noqa: E402
 from PIL import Image  # noqa: E402
 
 # After --data, whose defaults are the papers'.
@@ -262,3 +263,58 @@ def test_two_processes_learn_what_one_does(voc: Path, trained: Path, weights: Pa
             torch.testing.assert_close(two["model"][key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: key + m)
         if name == "maskd":
             assert all(torch.equal(two["module"][k], v) for k, v in one["module"].items() if k.endswith("_iter"))
+
+
+def test_study_chooses_inside_of_what_it_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = study.Study(tmp_path, epochs=1, jobs=2, device=None)
+    monkeypatch.setattr(runs, "student", lambda variant, weight, seed: (weight, seed))
+    for best, tried in ((1.0, [0.25, 1, 4]), (64.0, [0.25, 1, 4, 16, 64, 256]), (1 / 16, [1 / 64, 1 / 16, 0.25, 1, 4])):
+        seeds = []
+
+        def scored(student: tuple[float, int], split: str, best: float = best, seeds: list = seeds) -> dict[str, float]:
+            weight, seed = student
+            seeds.append((seed, split))
+            return {"mAP": -abs(np.log(weight / best))}
+
+        monkeypatch.setattr(runs, "scored", scored)
+        assert list(runs.trials("mse")) == tried
+        assert set(seeds) == {(study.TRIAL_SEED, "val")}
+
+
+def test_study_takes_differences_in_pairs() -> None:
+    # A seed's luck is shared: the spread is that of the differences.
+    row = study.paired([11.0, 21.0, 31.0, 42.0], [10.0, 20.0, 30.0, 40.0])
+    assert row["mean"] == pytest.approx(1.25)
+    assert 1.0 <= row["low"] < row["mean"] < row["high"] <= 2.0
+
+
+def test_study_knows_objects_from_background() -> None:
+    target = {"boxes": torch.tensor([[8.0, 16.0, 24.0, 32.0]])}
+    inside = study.inside_boxes(target, (32, 48), (4, 6))
+    expected = torch.zeros(4, 6, dtype=torch.bool)
+    expected[2:4, 1:3] = True
+    assert torch.equal(inside, expected)
+
+
+def test_masks_measured_against_their_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pictures:
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, i: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            return torch.full((3, 8, 8), float(i)), {"boxes": torch.tensor([[0.0, 0.0, 4.0, 8.0]])}
+
+    generator = torch.Generator().manual_seed(0)
+    features = {(model, i): torch.randn(1, 4, 2, 2, generator=generator) for model in "ts" for i in (0, 1)}
+    monkeypatch.setattr(study, "pyramid", lambda model, image: [features[model, int(image[0, 0, 0])]])
+    loss = study.MasKDLoss(4, num_tokens=3, weight_mask=False)
+    (level,) = study.measure("t", "s", loss, Pictures())  # type: ignore[arg-type]
+    t = torch.cat([features["t", i] for i in (0, 1)])
+    error = (torch.cat([features["s", i] for i in (0, 1)]) - t).square().sum(1)
+    masks = torch.einsum("kc,nchw->nkhw", loss.mask_modules[0].mask_token, t).sigmoid()
+    under = error * masks.square().mean(1)
+    assert level["objects"] == pytest.approx(float(masks[..., 0].mean()), rel=1e-5)
+    assert level["background"] == pytest.approx(float(masks[..., 1].mean()), rel=1e-5)
+    assert level["background_error"] == pytest.approx(float(error[..., 1].sum() / error.sum()), rel=1e-5)
+    assert level["background_masked_error"] == pytest.approx(float(under[..., 1].sum() / under.sum()), rel=1e-5)
+    assert level["background_pixels"] == 0.5
