@@ -214,6 +214,12 @@ def test_a_piece_that_runs_otherwise_than_traced_raises_in_the_first_forward():
     assert torch.equal(left(x), model(x))
 
 
+def test_a_model_traced_as_a_whole_may_be_run_in_parts():
+    teacher, x = trained(resnet18()), torch.randn(2, 64, 9, 7)
+    with torch.no_grad():
+        assert off(prepare_teacher(teacher).layer1(x), teacher.layer1(x)) < 1e-6
+
+
 def test_a_branch_that_tracing_takes_otherwise_raises():
     model = Wired(lambda m, x: m.other(m.conv(x)) if isinstance(x, torch.Tensor) else m.bn(m.conv(x)))
     with pytest.raises(RuntimeError, match="runs otherwise"):

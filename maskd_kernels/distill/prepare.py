@@ -266,7 +266,7 @@ def _fold(model: nn.Module, taps: list[str], report: Preparation, whole: bool) -
             layers[shown].folded_batch_norm = name  # find_layer refuses to tap it
         piece = traces.piece[convolution]
         if piece not in checks:
-            checks[piece] = _Check(layers[piece])
+            checks[piece] = _Check(layers[piece], whole=not piece)
         checks[piece].watch(convolution, layers[convolution], name, identity)
     return list(checks.values())
 
@@ -335,10 +335,13 @@ def _absorb(convolution: Any, norm: Any) -> None:
 
 
 class _Check:
-    """Sees in a piece's first forward that its folded convolutions run as they were traced, and then goes."""
+    """Sees in a piece's first forward that its folded convolutions run as they were traced, and then goes.
 
-    def __init__(self, piece: nn.Module) -> None:
-        self.active = False
+    What runs in a piece is known only while the piece itself does. A model traced as a whole may be run in parts.
+    """
+
+    def __init__(self, piece: nn.Module, whole: bool) -> None:
+        self.whole = self.active = whole
         self.outputs: dict[str, list[Tensor]] = {}
         self.pairs: dict[str, list[Any]] = {}
         self.piece = [
@@ -367,7 +370,7 @@ class _Check:
             handle.remove()
 
     def leave(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        self.active = False
+        self.active = self.whole
         unread, self.outputs = list(self.outputs), {}
         if output is None:  # the forward was ended by an exception
             return
