@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import math
 import os
@@ -16,6 +17,38 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 Losses = Mapping[str, Tensor]
+
+
+# ---- command line --------------------------------------------------------------------------------------------------
+
+
+def training_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command takes that trains."""
+    parser.add_argument("--out", type=Path, help="folder of the checkpoint")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--optimizer", choices=("sgd", "adamw"))
+    parser.add_argument("--milestones", type=int, nargs="*", help="epochs after which the rate falls to a tenth")
+    parser.add_argument("--clip", type=float, default=10.0, help="largest norm of the gradient; 0: any")
+    parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off")
+    parser.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the pictures")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures")
+
+
+def fill(args: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    """Sets what was not given; a default may depend on the command."""
+    for key, value in vars(args).items():
+        if value is None and key in defaults:
+            given = defaults[key]
+            setattr(args, key, given.get(args.command) if isinstance(given, dict) else given)
+
+
+def decisive(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that decide a result, as the checkpoint keeps them."""
+    free = {"run", "out", "runs", "resume", "workers", "device", "data", "teacher", "tokens"}
+    return {k: v if not isinstance(v, (Path, list)) else str(v) for k, v in vars(args).items() if k not in free}
 
 
 # ---- processes and devices -----------------------------------------------------------------------------------------
@@ -168,6 +201,25 @@ def milestones(optimizer: torch.optim.Optimizer, at: list[int], warmup: int) -> 
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / max(warmup, 1)) * 0.1 ** sum(step >= m for m in at)
     )
+
+
+def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], steps: int) -> tuple[Any, Any]:
+    """Optimizer and schedule, per step, of teachers and students."""
+    warmup = min(500, steps // 10)
+    optimizer: Any
+    if args.optimizer == "sgd":
+        optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=1e-4)
+    else:
+        optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=1e-3)
+    if args.milestones:
+        return optimizer, milestones(optimizer, [m * steps // args.epochs for m in args.milestones], warmup)
+    return optimizer, cosine(optimizer, steps, warmup)
+
+
+def make_token_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], steps: int) -> tuple[Any, Any]:
+    """Adam and a cosine, as the authors train tokens in 2,000 iterations."""
+    optimizer = torch.optim.Adam(parameters, args.lr, weight_decay=1e-3)
+    return optimizer, cosine(optimizer, steps, 0, 1e-6 / args.lr)
 
 
 class Trainer:

@@ -110,21 +110,6 @@ def make_loader(args: argparse.Namespace, data: Boxes) -> Any:
     return DataLoader(data, share, sampler=sampler, num_workers=args.workers, collate_fn=collate, drop_last=True)
 
 
-def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], steps: int) -> tuple[Any, Any]:
-    """Optimizer and schedule, per step."""
-    warmup = min(500, steps // 10)
-    if args.command == "tokens":  # 2,000 iterations of this suffice the authors
-        optimizer: Any = torch.optim.Adam(parameters, args.lr, weight_decay=1e-3)
-        return optimizer, common.cosine(optimizer, steps, 0, 1e-6 / args.lr)
-    if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=1e-4)
-    else:
-        optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=1e-3)
-    if args.milestones:
-        return optimizer, common.milestones(optimizer, [m * steps // args.epochs for m in args.milestones], warmup)
-    return optimizer, common.cosine(optimizer, steps, warmup)
-
-
 def to(batch: Any, device: torch.device) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """A batch on the device."""
     images, targets = batch
@@ -162,9 +147,9 @@ def train_teacher(args: argparse.Namespace, device: torch.device) -> None:
         "frozen_norm": args.frozen_norm and args.backbone_weights is not None,
     }
     model = build(architecture, args.teacher_backbone, args.backbone_weights).to(device).train()
-    settings = {**decisive(args), "architecture": architecture, "backbone": args.teacher_backbone}
+    settings = {**common.decisive(args), "architecture": architecture, "backbone": args.teacher_backbone}
     loader = make_loader(args, data)
-    optimizer, schedule = make_optimizer(args, list(model.parameters()), args.epochs * len(loader))
+    optimizer, schedule = common.make_optimizer(args, list(model.parameters()), args.epochs * len(loader))
     trainer = common.Trainer(
         args.out, settings, model, optimizer, schedule, device=device, amp=args.amp, clip=args.clip
     )
@@ -192,8 +177,8 @@ def train_tokens(args: argparse.Namespace, device: torch.device) -> None:
         teacher_training=True,
     ).to(device)
     loader = make_loader(args, data)
-    optimizer, schedule = make_optimizer(args, list(tokens.parameters()), args.epochs * len(loader))
-    settings = {**decisive(args), "architecture": architecture}
+    optimizer, schedule = common.make_token_optimizer(args, list(tokens.parameters()), args.epochs * len(loader))
+    settings = {**common.decisive(args), "architecture": architecture}
     trainer = common.Trainer(
         args.out, settings, tokens, optimizer, schedule, device=device, amp=args.amp, clip=args.clip
     )
@@ -232,8 +217,8 @@ def distil(args: argparse.Namespace, device: torch.device) -> None:
     else:
         parameters = list(student.parameters())
     loader = make_loader(args, data)
-    optimizer, schedule = make_optimizer(args, parameters, args.epochs * len(loader))
-    settings = {**decisive(args), "architecture": architecture, "backbone": args.student_backbone}
+    optimizer, schedule = common.make_optimizer(args, parameters, args.epochs * len(loader))
+    settings = {**common.decisive(args), "architecture": architecture, "backbone": args.student_backbone}
     trainer = common.Trainer(
         args.out, settings, student, optimizer, schedule, module=module, device=device, amp=args.amp, clip=args.clip
     )
@@ -340,12 +325,6 @@ def finish(args: argparse.Namespace, trainer: common.Trainer) -> None:
         common.draw_curves(trainer.history, args.out / "curves.png")
 
 
-def decisive(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that decide a result, as the checkpoint keeps them."""
-    free = {"run", "out", "resume", "workers", "device", "data", "teacher", "tokens"}
-    return {k: v if not isinstance(v, (Path, list)) else str(v) for k, v in vars(args).items() if k not in free}
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     main = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -363,17 +342,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--split", default="val")
             sub.add_argument("--scale", type=float, default=1.0, help="factor on the boxes for COCO's bounds of sizes")
             continue
-        sub.add_argument("--out", type=Path, help="folder of the checkpoint")
-        sub.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-        sub.add_argument("--epochs", type=int)
-        sub.add_argument("--lr", type=float)
-        sub.add_argument("--optimizer", choices=("sgd", "adamw"))
-        sub.add_argument("--milestones", type=int, nargs="*", help="epochs after which the rate falls to a tenth")
-        sub.add_argument("--clip", type=float, default=10.0, help="largest norm of the gradient; 0: any")
-        sub.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off")
-        sub.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the pictures")
-        sub.add_argument("--seed", type=int, default=0)
-        sub.add_argument("--workers", type=int, default=0, help="processes that read pictures")
+        common.training_arguments(sub)
         if name == "teacher":
             sub.add_argument("--detector", choices=DETECTORS, default="retinanet")
             sub.add_argument("--teacher-backbone")
@@ -405,13 +374,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> Any:
     """Runs a command."""
     args = parser().parse_args(argv)
-    defaults = PAPERS if args.data else SMALL
-    for key, value in vars(args).items():
-        if value is None and key in defaults:
-            given = defaults[key]
-            setattr(args, key, given[args.command] if isinstance(given, dict) else given)
-    if args.batch is None:
-        args.batch = defaults["batch"]
+    common.fill(args, PAPERS if args.data else SMALL)
     if args.data is None:
         args.data = write_digits(args.runs / "digits")
     if args.command in ("tokens", "distil"):

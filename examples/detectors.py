@@ -24,7 +24,8 @@ BOX_REGRESSION = {
 }
 
 
-def _backbone(name: str, frozen_norm: bool, weights: str | None) -> nn.Module:
+def backbone_body(name: str, frozen_norm: bool, weights: str | None) -> nn.Module:
+    """The convolutional part of one of torchvision's classifiers; ``weights`` is a file of its parameters."""
     norm: Any = FrozenBatchNorm2d if frozen_norm else nn.BatchNorm2d
     if name.startswith(("resnet", "resnext", "wide_resnet")):
         model = torchvision.models.get_model(name, weights=None, norm_layer=norm)
@@ -39,7 +40,7 @@ def _backbone(name: str, frozen_norm: bool, weights: str | None) -> nn.Module:
     return body
 
 
-def _stages(body: nn.Module) -> dict[int, tuple[str, int]]:
+def last_layers(body: nn.Module) -> dict[int, tuple[str, int]]:
     """The last layer at each stride, by its name, and its channels."""
     found: dict[int, tuple[str, int]] = {}
     x = torch.zeros(1, 3, 64, 64)
@@ -70,8 +71,8 @@ def build(architecture: Mapping[str, Any], backbone: str, weights: str | None = 
         raise ValueError(f"--detector: expected one of {', '.join(DETECTORS)}, got {kind!r}")
     if kind == "fcos" and channels % 32:
         raise ValueError(f"--channels: expected a multiple of 32, as FCOS's heads normalise 32 groups, got {channels}")
-    body = _backbone(backbone, architecture["frozen_norm"], weights)
-    stages = _stages(body)
+    body = backbone_body(backbone, architecture["frozen_norm"], weights)
+    stages = last_layers(body)
     strides = [4, 8, 16, 32] if kind == "faster_rcnn" else [8, 16, 32]
     if not (1 <= levels <= len(strides) or levels == 5):
         raise ValueError(f"--levels: expected 1 to {len(strides)}, or 5, got {levels}")
