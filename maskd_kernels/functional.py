@@ -28,6 +28,9 @@ from maskd_kernels.validation import (
     as_features,
     as_levels,
     channels_first,
+    check_customize,
+    check_eps,
+    check_scale,
     kind_of,
     level_name,
     match_count,
@@ -60,6 +63,8 @@ def _as_weighting(weighting: MaskWeighting | Sequence[MaskWeighting] | None) -> 
     )
     if not all([isinstance(w, MaskWeighting) for w in levels]):
         raise TypeError(f"weighting: expected MaskWeighting or a list of it, got {kind_of(weighting)}")
+    if not all([isinstance(x, Tensor) for w in levels for x in w]):
+        raise TypeError(f"weighting: expected tensors in every field, got {', '.join(map(kind_of, levels))}")
     return list(levels)
 
 
@@ -165,7 +170,7 @@ def receptive_masks(
 
     Raises:
         ValueError: shapes, level counts or devices that do not match.
-        TypeError: integer features or something that is no tensor.
+        TypeError: integer features or something that is no dense tensor.
 
     Example:
         >>> import torch, maskd_kernels
@@ -206,7 +211,7 @@ def maskd_loss(
         weighting: parameters of the mask weighting per level (images only). None: the mean over the masks.
         customize: whether the masks are multiplied by the student's own, as the authors do after a warm-up. A
             0-dim bool tensor on the features' device decides without the host waiting for the device.
-        eps: added to each mask's mass: 0 in the authors' detection loss, 1e-5 in their segmentation loss.
+        eps: added to each mask's mass, from 0 on: 0 in the authors' detection loss, 1e-5 in their segmentation loss.
         channel_dim: 1, or -1 for ``[N, *spatial, C]``.
         return_dice: also return the Dice coefficient of each level.
 
@@ -217,7 +222,7 @@ def maskd_loss(
 
     Raises:
         ValueError: shapes, level counts or devices that do not match.
-        TypeError: integer features or something that is no tensor.
+        TypeError: integer features or something that is no dense tensor.
 
     Example:
         >>> import torch, maskd_kernels
@@ -227,6 +232,8 @@ def maskd_loss(
     """
     t, s = as_levels(teacher, "teacher"), as_levels(student, "student")
     e, w = as_levels(tokens, "tokens"), _as_weighting(weighting)
+    check_eps(eps)
+    check_customize(customize, t[0])
     asked = "" if torch.compiler.is_compiling() else backends.current_backend()
     call = None if return_dice else loss_op.signature(channel_dim, loss_op.Inputs(t, e, s, w), asked)
     plan = loss_op.recall(call)
@@ -265,7 +272,7 @@ def masked_mse(
         teacher: features ``[N, C, *spatial]``, or a list of levels.
         masks: ``[N, K, *spatial]`` floating or bool, or one such tensor per level; bool masks count as 0 and 1.
         weights: weight of each mask ``[N, K]``, or one such tensor per level. None: the mean over the masks.
-        eps: added to each mask's mass.
+        eps: added to each mask's mass, from 0 on.
         channel_dim: 1, or -1 for features ``[N, *spatial, C]`` (masks stay ``[N, K, *spatial]``).
 
     Returns:
@@ -273,7 +280,7 @@ def masked_mse(
 
     Raises:
         ValueError: shapes, level counts or devices that do not match.
-        TypeError: integer features or masks, or something that is no tensor.
+        TypeError: integer features or masks, or something that is no dense tensor.
 
     Example:
         >>> import torch, maskd_kernels
@@ -296,13 +303,11 @@ def masked_mse(
         if mask.device != x.device:
             raise ValueError(f"{label}: expected device {x.device} like the features, got {mask.device}")
     w = None if weights is None else as_levels(weights, "weights")
-    for i, weight in enumerate(w or []):
-        if list(weight.shape) != [t[0].shape[0], k]:
-            raise ValueError(
-                f"{level_name('weights', i, len(t))}: expected {[t[0].shape[0], k]}, got {shape_of(weight)}"
-            )
     if w is not None:
         match_count(w, "weights", t, "teacher")
+        for i, (weight, x) in enumerate(zip(w, t, strict=True)):
+            check_scale(weight, level_name("weights", i, len(t)), [x.shape[0], k], x)
+    check_eps(eps)
     with _full_precision(t[0]):
         distance = _stats(t, [], s).distance.split([math.prod(x.shape[2:]) for x in t], -1)  # L x [N, P]
         flat = [mask.flatten(2).to(distance[0].dtype) for mask in m]  # L x [N, K, P]
@@ -362,7 +367,7 @@ def masked_features(
 
     Raises:
         ValueError: shapes or devices that do not match.
-        TypeError: integer features or something that is no tensor.
+        TypeError: integer features or something that is no dense tensor.
 
     Example:
         >>> import torch, maskd_kernels
@@ -397,7 +402,7 @@ def mask_weights(teacher: Tensor, weighting: MaskWeighting) -> Tensor:
 
     Raises:
         ValueError: shapes or devices that do not match.
-        TypeError: integer features or something that is no tensor.
+        TypeError: integer features or something that is no dense tensor.
     """
     t = as_features(teacher, "teacher", 1)
     match_weighting([weighting], t, weighting.projection_weight.shape[0])
@@ -418,7 +423,7 @@ def scale_pixels(x: Levels, scale: Levels, *, channel_dim: int = 1) -> Tensor | 
 
     Raises:
         ValueError: shapes, level counts or devices that do not match.
-        TypeError: integer features or scales, or something that is no tensor.
+        TypeError: integer features or scales, or something that is no dense tensor.
 
     Example:
         >>> import torch, maskd_kernels
@@ -446,7 +451,7 @@ def scale_channels(x: Levels, scale: Levels, *, channel_dim: int = 1) -> Tensor 
 
     Raises:
         ValueError: shapes, level counts or devices that do not match.
-        TypeError: integer features or scales, or something that is no tensor.
+        TypeError: integer features or scales, or something that is no dense tensor.
     """
     levels = as_features(x, "x", channel_dim)
     factors = match_scale(scale, "scale", levels, "channels", "x")
@@ -483,7 +488,7 @@ def squared_error(pred: Levels, target: Levels, *, channel_scale: Levels | None 
 
     Raises:
         ValueError: shapes, level counts or devices that do not match.
-        TypeError: integer features or scales, or something that is no tensor.
+        TypeError: integer features or scales, or something that is no dense tensor.
 
     Example:
         >>> import torch, maskd_kernels
@@ -513,7 +518,7 @@ def attention_stats(x: Levels, *, channel_dim: int = 1) -> tuple[Tensor, Tensor]
 
     Raises:
         ValueError: features that are not ``[N, C, *spatial]``; devices or batch sizes that do not match.
-        TypeError: integer features or something that is no tensor.
+        TypeError: integer features or something that is no dense tensor.
 
     Example:
         >>> import torch, maskd_kernels

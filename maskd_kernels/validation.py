@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import numbers
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +31,15 @@ def as_levels(x: Levels, name: str) -> list[Tensor]:
         raise TypeError(f"{name}: expected a tensor or a list of tensors, got {kind_of(x)}")
     if not found:
         raise ValueError(f"{name}: expected at least one level, got an empty list")
+    for level in found:
+        if level.layout is not torch.strided or level.is_nested:
+            raise TypeError(f"{name}: expected dense tensors, got {kind_of_memory(level)}")
     return found
+
+
+def kind_of_memory(x: Tensor) -> str:
+    """How a tensor is stored that is not dense, for messages."""
+    return "a nested tensor" if x.is_nested else f"one of layout {x.layout}"
 
 
 def kind_of(x: object) -> str:
@@ -37,6 +47,56 @@ def kind_of(x: object) -> str:
     if isinstance(x, (list, tuple)):
         return f"a {type(x).__name__} of {', '.join(sorted({type(item).__name__ for item in x}))}"
     return type(x).__name__
+
+
+def check_number(
+    value: float, name: str, expected: str = "a finite number", within: Callable[[float], bool] = math.isfinite
+) -> float:
+    """A finite number, ``within`` a range that ``expected`` words; no tensor, whose value would be waited for."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
+    if not (math.isfinite(value) and within(value)):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return float(value)
+
+
+def check_count(value: int, name: str, least: int = 1) -> int:
+    """A whole number, from ``least`` on."""
+    expected = "a positive whole number" if least == 1 else f"a whole number from {least} on"
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return int(value)
+
+
+def check_channels(channels: int | Sequence[int], name: str) -> list[int]:
+    """The channels of each level; one number is one level."""
+    if isinstance(channels, str) or not isinstance(channels, Sequence):
+        return [check_count(channels, name)]
+    if not channels:
+        raise ValueError(f"{name}: expected at least one level, got an empty list")
+    return [check_count(c, level_name(name, i, len(channels))) for i, c in enumerate(channels)]
+
+
+def check_eps(eps: float) -> None:
+    """A number that may be added to a mask's mass. Every call pays for this."""
+    if type(eps) is not float or not 0 <= eps < math.inf:
+        check_number(eps, "eps", "a number from 0 on", lambda value: value >= 0)
+
+
+def check_customize(customize: bool | Tensor, features: Tensor) -> None:
+    """A bool, or a tensor that holds one. Every call pays for this."""
+    if type(customize) is bool:
+        return
+    if not isinstance(customize, Tensor):
+        raise TypeError(f"customize: expected a bool or a bool tensor, got {kind_of(customize)}")
+    if customize.dtype != torch.bool:
+        raise TypeError(f"customize: expected a bool tensor, got {customize.dtype}")
+    if customize.dim() != 0:
+        raise ValueError(f"customize: expected a tensor of no axes, got {shape_of(customize)}")
+    if customize.device != features.device:
+        raise ValueError(f"customize: expected device {features.device} like the features, got {customize.device}")
 
 
 def level_name(name: str, level: int, count: int) -> str:
@@ -121,6 +181,8 @@ def match_weighting(weighting: Sequence[MaskWeighting], teacher: list[Tensor], n
             raise ValueError(f"{label}: weighting masks needs images [N, C, H, W], got a teacher of {shape_of(t)}")
         for field, expected in zip(w._fields, ([c, c, 3, 3], [c], [num_tokens, c, 1, 1], [num_tokens]), strict=True):
             got = getattr(w, field)
+            if got.dtype not in FLOATING:
+                raise TypeError(f"{label}.{field}: expected a floating dtype, got {got.dtype}")
             if list(got.shape) != expected:
                 raise ValueError(f"{label}.{field}: expected {expected}, got {shape_of(got)}")
             if got.device != t.device:

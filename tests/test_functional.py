@@ -256,7 +256,7 @@ def test_bad_masks():
         maskd_kernels.masked_mse(x, x, torch.rand(2, 3, 7, 8))
     with pytest.raises(TypeError, match=r"masks: expected a floating dtype or bool, got torch.int64"):
         maskd_kernels.masked_mse(x, x, torch.ones(2, 3, 7, 9, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"weights: expected \[2, 3\], got \[3\]"):
+    with pytest.raises(ValueError, match=r"weights: expected \[2, 3\] for features of \[2, 10, 7, 9\], got \[3\]"):
         maskd_kernels.masked_mse(x, x, torch.rand(2, 3, 7, 9), weights=torch.rand(3))
 
 

@@ -136,7 +136,7 @@ def test_bad_arguments():
     for share in (1.0, -0.1, float("nan")):
         with pytest.raises(ValueError, match=r"lambda_mgd: expected a share in \[0, 1\), got"):
             MGDLoss(4, 6, lambda_mgd=share)
-    with pytest.raises(ValueError, match="student_channels: expected positive whole numbers, got 0"):
+    with pytest.raises(ValueError, match="student_channels: expected a positive whole number, got 0"):
         MGDLoss(0, 6)
     with pytest.raises(ValueError, match=r"student_channels: expected 2 level\(s\) like teacher_channels, got 1"):
         MGDLoss([4], [6, 6])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from maskd_kernels import functional
 from maskd_kernels.losses.generation import Channels, GenerativeLoss
-from maskd_kernels.validation import Levels, as_features
+from maskd_kernels.validation import Levels, as_features, check_number
 
 
 class AMDLoss(GenerativeLoss):
@@ -45,6 +45,7 @@ class AMDLoss(GenerativeLoss):
     Raises:
         ValueError: channels below 1, temperature not above 0, a reduction below 1 or above the teacher's channels, an
             unknown channel source, level counts that do not match.
+        TypeError: something that is no number, or no whole one.
 
     Example:
         >>> import torch
@@ -68,16 +69,14 @@ class AMDLoss(GenerativeLoss):
         shared_generation: bool = False,
     ) -> None:
         super().__init__(student_channels, teacher_channels, name, shared_generation)
-        if not temperature > 0:
-            raise ValueError(f"temperature: expected a number above 0, got {temperature!r}")
+        self.alpha_amd = check_number(alpha_amd, "alpha_amd")
+        self.temperature = check_number(temperature, "temperature", "a number above 0", lambda x: x > 0)
+        self.threshold = check_number(threshold, "threshold")
         least = min(self.teacher_channels)
         if isinstance(reduction, bool) or not isinstance(reduction, int) or not 1 <= reduction <= least:
             raise ValueError(f"reduction: expected a whole number from 1 to the {least} channels, got {reduction!r}")
         if channel_source not in ("teacher", "student"):
             raise ValueError(f"channel_source: expected 'teacher' or 'student', got {channel_source!r}")
-        self.alpha_amd = alpha_amd
-        self.temperature = temperature
-        self.threshold = threshold
         self.mask_salient = mask_salient
         self.channel_source = channel_source
         self.channel_modules = (

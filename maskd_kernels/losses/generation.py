@@ -9,19 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from maskd_kernels import functional
-from maskd_kernels.validation import Levels, as_features, level_name, match_count, shape_of
+from maskd_kernels.validation import Levels, as_features, check_channels, level_name, match_count, shape_of
 
 Channels = int | Sequence[int]
-
-
-def _channel_list(channels: Channels, name: str) -> list[int]:
-    found = [channels] if isinstance(channels, int) else list(channels)
-    if not found:
-        raise ValueError(f"{name}: expected at least one level, got an empty list")
-    for c in found:
-        if isinstance(c, bool) or not isinstance(c, int) or c < 1:
-            raise ValueError(f"{name}: expected positive whole numbers, got {channels!r}")
-    return found
 
 
 def _align(student: int, teacher: int) -> nn.Module:
@@ -49,8 +39,8 @@ class GenerativeLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.name = name
-        self.student_channels = _channel_list(student_channels, "student_channels")
-        self.teacher_channels = _channel_list(teacher_channels, "teacher_channels")
+        self.student_channels = check_channels(student_channels, "student_channels")
+        self.teacher_channels = check_channels(teacher_channels, "teacher_channels")
         match_count(self.student_channels, "student_channels", self.teacher_channels, "teacher_channels")
         self.per_level = not isinstance(teacher_channels, int)
         self.align: nn.Module | None

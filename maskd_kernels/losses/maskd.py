@@ -12,12 +12,7 @@ from torch import Tensor, nn
 from maskd_kernels import functional
 from maskd_kernels.functional import Levels, MaskWeighting
 from maskd_kernels.losses.checkpoints import Source, load_tokens
-
-
-def _positive(value: int, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
-    return value
+from maskd_kernels.validation import check_channels, check_count, check_number
 
 
 class MaskModule(nn.Module):
@@ -33,6 +28,7 @@ class MaskModule(nn.Module):
 
     Raises:
         ValueError: channels or num_tokens below 1.
+        TypeError: numbers that are not whole.
 
     Example:
         >>> import torch
@@ -42,8 +38,7 @@ class MaskModule(nn.Module):
 
     def __init__(self, channels: int, num_tokens: int = 6, weight_mask: bool = True) -> None:
         super().__init__()
-        _positive(channels, "channels")
-        _positive(num_tokens, "num_tokens")
+        channels, num_tokens = check_count(channels, "channels"), check_count(num_tokens, "num_tokens")
         self.weight_mask = weight_mask
         self.mask_token = nn.Parameter(torch.randn(num_tokens, channels) * 0.01)
         if weight_mask:
@@ -114,6 +109,7 @@ class MasKDLoss(nn.Module):
 
     Raises:
         ValueError: numbers out of range; a checkpoint without tokens or with other shapes.
+        TypeError: something that is no number, or no whole one.
         FileNotFoundError: ``pretrained`` names no file.
 
     Example:
@@ -140,15 +136,11 @@ class MasKDLoss(nn.Module):
         train_tokens: bool = False,
     ) -> None:
         super().__init__()
-        levels = [channels] if isinstance(channels, int) else list(channels)
-        if not levels:
-            raise ValueError("channels: expected at least one level, got an empty list")
-        if custom_mask_warmup < 0:
-            raise ValueError(f"custom_mask_warmup: expected a number of calls from 0 on, got {custom_mask_warmup!r}")
-        self.loss_weight = loss_weight
+        levels = check_channels(channels, "channels")
+        self.loss_weight = check_number(loss_weight, "loss_weight")
         self.weight_mask = weight_mask
         self.custom_mask = custom_mask
-        self.custom_mask_warmup = custom_mask_warmup
+        self.custom_mask_warmup = check_count(custom_mask_warmup, "custom_mask_warmup", 0)
         self.mask_modules = nn.ModuleList(MaskModule(c, num_tokens, weight_mask) for c in levels)
         # On the device, so that neither reading nor counting it makes the host wait, also inside a CUDA graph.
         self.register_buffer("_iter", torch.zeros((), dtype=torch.int64))
@@ -212,6 +204,7 @@ class MasKDSegLoss(nn.Module):
 
     Raises:
         ValueError: numbers out of range; a checkpoint without tokens or with other shapes.
+        TypeError: something that is no number, or no whole one.
         FileNotFoundError: ``pretrained`` names no file.
 
     Example:
@@ -230,7 +223,7 @@ class MasKDSegLoss(nn.Module):
         train_tokens: bool = False,
     ) -> None:
         super().__init__()
-        self.loss_weight = loss_weight
+        self.loss_weight = check_number(loss_weight, "loss_weight")
         self.mask_module = MaskModule(channels, num_tokens, weight_mask=False)
         if pretrained is not None:
             load_tokens(self, pretrained, attribute="mask_module")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from maskd_kernels import functional
 from maskd_kernels.losses.generation import Channels, GenerativeLoss
 from maskd_kernels.ops.masked_conv import masked_conv
-from maskd_kernels.validation import Levels, as_levels, check_scale, level_name, match_count
+from maskd_kernels.validation import Levels, as_levels, check_number, check_scale, level_name, match_count
 
 # From here on the first convolution is computed from the kept pixels alone (bench: masked_conv).
 LEAST_MASKED, LEAST_CHANNELS, LEAST_PIXELS = 0.4, 128, 1024
@@ -73,6 +73,7 @@ class MGDLoss(GenerativeLoss):
 
     Raises:
         ValueError: channels below 1, ``lambda_mgd`` outside [0, 1), level counts that do not match.
+        TypeError: something that is no number, or no whole one.
 
     Example:
         >>> import torch
@@ -93,10 +94,8 @@ class MGDLoss(GenerativeLoss):
         shared_generation: bool = False,
     ) -> None:
         super().__init__(student_channels, teacher_channels, name, shared_generation)
-        if not 0 <= lambda_mgd < 1:
-            raise ValueError(f"lambda_mgd: expected a share in [0, 1), got {lambda_mgd!r}")
-        self.alpha_mgd = alpha_mgd
-        self.lambda_mgd = lambda_mgd
+        self.alpha_mgd = check_number(alpha_mgd, "alpha_mgd")
+        self.lambda_mgd = check_number(lambda_mgd, "lambda_mgd", "a share in [0, 1)", lambda x: 0 <= x < 1)
         self.mask_on_channel = mask_on_channel
 
     def forward(
