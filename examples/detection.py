@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from maskd_kernels import MGD_PRESETS, AMDLoss, Distiller, MasKDLoss, MGDLoss, Tap, TokenTrainer
+from maskd_kernels import MGD_PRESETS, AMDLoss, Distiller, MasKDLoss, MGDLoss, Tap, TokenTrainer, plot_masks
 
 METHODS = ("maskd", "mgd", "amd", "mse", "none")
 # Loss weight and calls before masks are customised, as released; for MGD the preset.
@@ -197,6 +197,12 @@ def train_tokens(args: argparse.Namespace, device: torch.device) -> None:
     trainer.run(step, loader, args.epochs, "tokens")
     if common.rank() == 0:
         tokens.save(args.out / "tokens.pth")
+        features.clear()
+        image = data[0][0].to(device)
+        with torch.no_grad():
+            teacher.eval()([image])
+            for i, (module, x) in enumerate(zip(tokens.mask_modules, features, strict=True)):
+                plot_masks(image, module.forward_mask(x)[0], args.out / f"masks_level_{i}.png")
     finish(args, trainer)
 
 
@@ -245,10 +251,11 @@ def make_taps(args: argparse.Namespace, architecture: dict[str, Any]) -> list[Ta
     if weight is None:
         weight = MASKD_RECIPES[architecture["detector"]][0] if args.method == "maskd" else 1.0
     aligns: Any = [nn.Conv2d(channels, channels, 1) for _ in range(levels)] if args.align else None
-    taps = [Tap("backbone", "backbone", distillation_loss(args, architecture), aligns, args.method, weight)]
+    loss = distillation_loss(args, architecture)
+    taps = [Tap("backbone", "backbone", loss, align=aligns, name=args.method, weight=weight)]
     if args.box_weight:
         layer = BOX_REGRESSION[architecture["detector"]]
-        taps.append(Tap(layer, layer, box_loss, None, "boxes", args.box_weight))
+        taps.append(Tap(layer, layer, box_loss, align=None, name="boxes", weight=args.box_weight))
     return taps
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from maskd_kernels import MGD_PRESETS, AMDLoss, Distiller, MasKDSegLoss, MGDLoss, Tap, TokenTrainer
+from maskd_kernels import MGD_PRESETS, AMDLoss, Distiller, MasKDSegLoss, MGDLoss, Tap, TokenTrainer, plot_masks
 
 METHODS = ("maskd", "mgd", "amd", "mse", "none")
 
@@ -148,6 +148,11 @@ def train_tokens(args: argparse.Namespace, device: torch.device) -> None:
     trainer.run(step, loader, args.epochs, "tokens")
     if common.rank() == 0:
         tokens.save(args.out / "tokens.pth")
+        logits.clear()
+        image = data[0][0].to(device)
+        with torch.no_grad():
+            teacher.eval()(image[None])
+            plot_masks(image, module.forward_mask(logits[0])[0], args.out / "masks.png")
     finish(args, trainer)
 
 
@@ -163,11 +168,11 @@ def make_tap(args: argparse.Namespace, classes: int, student: int, teacher: int)
     """What is compared: logits (MasKD and its control) or the backbones' last features (MGD, AMD)."""
     if args.method in ("maskd", "mse"):
         loss = FeatureMSE() if args.method == "mse" else MasKDSegLoss(classes, args.tokens_per_level, args.tokens)
-        return Tap("logits", "logits", loss, None, args.method, args.weight)
+        return Tap("logits", "logits", loss, align=None, name=args.method, weight=args.weight)
     loss = (
         MGDLoss(student, teacher, **MGD_PRESETS["segmentation"]) if args.method == "mgd" else AMDLoss(student, teacher)
     )
-    return Tap("features", "features", loss, None, args.method, args.weight)
+    return Tap("features", "features", loss, align=None, name=args.method, weight=args.weight)
 
 
 def distil(args: argparse.Namespace, device: torch.device) -> None:

@@ -98,6 +98,19 @@ def distil(voc: Path, trained: Path, weights: Path, out: Path, method: str, *mor
     return torch.load(out / "last.pth", weights_only=True)
 
 
+def test_token_training_reports_and_draws(trained: Path) -> None:
+    history = torch.load(trained / "tokens" / "last.pth", weights_only=True)["history"]
+    assert len(history) == 2
+    for epoch in history:
+        assert {"classification", "bbox_regression", "dice", "mean_mask", "total"} <= epoch.keys()
+        assert epoch["mean_mask"] == pytest.approx(0.5, abs=0.2)  # tokens begin near 0
+        # The mean mask is shown, not minimised.
+        parts = [v for k, v in epoch.items() if k not in ("mean_mask", "total")]
+        assert epoch["total"] == pytest.approx(sum(parts), rel=1e-4)
+    for level in (0, 1):
+        assert (trained / "tokens" / f"masks_level_{level}.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_digits_are_small_and_boxed_tightly(coco: Path) -> None:
     content = json.loads((coco / "annotations" / "instances_train.json").read_text())
     ink = []
