@@ -30,6 +30,7 @@ from maskd_kernels import MGD_PRESETS, AMDLoss, Distiller, MasKDLoss, MGDLoss, T
 
 METHODS = ("maskd", "mgd", "amd", "mse", "none")
 # Loss weight and calls before masks are customised, as released; for MGD the preset.
+BOX_WEIGHTS = {"retinanet": 1.0, "fcos": 0.0, "faster_rcnn": 1.0}
 MASKD_RECIPES = {"retinanet": (7.0, 7000), "fcos": (10.0, 5000), "faster_rcnn": (1.0, 7330)}
 MGD_RECIPES = {"retinanet": "detection_one_stage", "fcos": "detection_one_stage", "faster_rcnn": "detection_two_stage"}
 
@@ -253,9 +254,10 @@ def make_taps(args: argparse.Namespace, architecture: dict[str, Any]) -> list[Ta
     aligns: Any = [nn.Conv2d(channels, channels, 1) for _ in range(levels)] if args.align else None
     loss = distillation_loss(args, architecture)
     taps = [Tap("backbone", "backbone", loss, align=aligns, name=args.method, weight=weight)]
-    if args.box_weight:
+    box_weight = BOX_WEIGHTS[architecture["detector"]] if args.box_weight is None else args.box_weight
+    if box_weight:
         layer = BOX_REGRESSION[architecture["detector"]]
-        taps.append(Tap(layer, layer, box_loss, align=None, name="boxes", weight=args.box_weight))
+        taps.append(Tap(layer, layer, box_loss, align=None, name="boxes", weight=box_weight))
     return taps
 
 
@@ -367,7 +369,9 @@ def parser() -> argparse.ArgumentParser:
         if name == "distil":
             sub.add_argument("--method", choices=METHODS, required=True)
             sub.add_argument("--weight", type=float, help="of the feature loss (default: as released)")
-            sub.add_argument("--box-weight", type=float, default=1.0, help="of the regressed boxes' loss; 0: none")
+            sub.add_argument(
+                "--box-weight", type=float, help="of the regressed boxes' loss (default: as released); 0: none"
+            )
             sub.add_argument("--tokens", type=Path, help="file of the learned tokens")
             sub.add_argument(
                 "--warmup", type=int, help="steps before masks are customised (default: as released); -1: never"

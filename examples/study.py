@@ -50,14 +50,15 @@ class Study:
     def __init__(self, runs: Path, epochs: int, jobs: int, device: str | None) -> None:
         self.runs, self.epochs, self.jobs = runs, epochs, jobs
         self.device = ["--device", device] if device else []
-        threads = str(max((os.cpu_count() or 1) // jobs, 1))
-        self.environment = {"OMP_NUM_THREADS": threads, **os.environ}
+        self.side = 1  # runs under way side by side
 
     def call(self, *arguments: str) -> None:
         """A command of detection.py; its output is kept in ``runs/log.txt``."""
         line = [sys.executable, str(HERE / "detection.py"), arguments[0], "--runs", str(self.runs), *self.device]
+        threads = str(max((os.cpu_count() or 1) // self.side, 1))
         with (self.runs / "log.txt").open("a") as log:
-            subprocess.run([*line, *arguments[1:]], env=self.environment, stdout=log, stderr=log, check=True)
+            environment = {"OMP_NUM_THREADS": threads, **os.environ}
+            subprocess.run([*line, *arguments[1:]], env=environment, stdout=log, stderr=log, check=True)
 
     def trained(self, out: Path, *arguments: str) -> Path:
         """The checkpoint of a training command, finished or gone on with where it is not."""
@@ -92,8 +93,12 @@ class Study:
 
     def side_by_side(self, tasks: list[Any]) -> list[Any]:
         """Calls them, as many at a time as there are jobs."""
-        with ThreadPoolExecutor(self.jobs) as pool:
-            return [future.result() for future in [pool.submit(task) for task in tasks]]
+        self.side = min(self.jobs, len(tasks))
+        try:
+            with ThreadPoolExecutor(self.jobs) as pool:
+                return [future.result() for future in [pool.submit(task) for task in tasks]]
+        finally:
+            self.side = 1
 
     def trials(self, variant: str) -> dict[float, float]:
         """Validation mAP by loss weight; further weights are tried while the best one is at an end of those tried."""

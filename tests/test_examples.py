@@ -244,6 +244,31 @@ def test_resumed_run_is_the_uninterrupted_one(
         distil(voc, trained, weights, tmp_path / "parts", "amd", "--resume")
 
 
+@pytest.mark.parametrize("detector", detectors.DETECTORS)
+def test_every_detector_is_distilled(detector: str, voc: Path, weights: Path, tmp_path: Path) -> None:
+    """Pyramid and boxes, under autocast and clipped: a step moves the student, and the losses are finite."""
+    architecture = {
+        "detector": detector,
+        "classes": detection_data.VOC_CLASSES,
+        "channels": 32,
+        "levels": 2,
+        "anchor": 8,
+        "size": (96, 96),
+        "frozen_norm": True,
+    }
+    torch.manual_seed(0)
+    teacher = detectors.build(architecture, "mobilenet_v3_small", str(weights))
+    settings = {"architecture": architecture, "backbone": "mobilenet_v3_small"}
+    common.save({"model": teacher.state_dict(), "settings": settings}, tmp_path / "teacher" / "last.pth")
+    more = ["--epochs", "1", "--batch", "6", "--amp", "bf16", "--clip", "1", "--box-weight", "1"]
+    state = distil(voc, tmp_path, weights, tmp_path / "amd", "amd", *more)
+    (losses,) = state["history"]
+    assert {"amd", "boxes", "total"} < losses.keys()
+    assert all(np.isfinite(value) and value >= 0 for value in losses.values())
+    moved = sum(float((state["model"][k].float() - v.float()).norm()) for k, v in teacher.state_dict().items())
+    assert moved > 0
+
+
 def _two(number: int, port: int, runs: list[list[str]]) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(number), WORLD_SIZE="2")
     torch.set_num_threads(1)
