@@ -7,16 +7,22 @@ it. Run as a program it goes on from the seed for ``--cases`` cases and prints t
 import argparse
 import functools
 import operator
+import os
 import random
 import traceback
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
 from helpers import CAP, features
 
 import maskd_kernels as mk
-from maskd_kernels import native
+from maskd_kernels import backends, native
 
-LAYOUTS = ("contiguous", "channels_last", "sliced", "rows", "every_other", "expanded_batch", "expanded_pixels")
+LAYOUTS = (
+    *("contiguous", "channels_last", "sliced", "rows", "every_other", "transposed", "batch_inside"),
+    *("expanded_batch", "expanded_pixels", "expanded_channels"),
+)
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -33,50 +39,79 @@ class Case:
         torch.manual_seed(seed)
         self.tensors = {}
         pick = self.random
-        self.backend = pick.choice(("auto", "native", "native", "reference") if native.available() else ("reference",))
-        self.mixed, self.dtype = pick.random() < 0.3, pick.choice(DTYPES)
-        self.levels = pick.choice((1, 1, 2, 3))
-        self.batch = pick.choice((0, 1, 2, 3)) if pick.random() < 0.3 else pick.choice((1, 2))
-        self.tokens = pick.choice((1, 2, 6, 9))
-        self.images = pick.random() < 0.7
-        self.shapes = [self._shape() for _ in range(self.levels)]
-        self.grad_mode = pick.choice((torch.enable_grad, torch.enable_grad, torch.enable_grad, torch.no_grad))
-        self.odd = pick.choice((None,) * 8 + ("subclass", "negative"))
         self.name = pick.choice(sorted(FUNCTIONS))
+        self.backend = pick.choice(("auto", "native", "native", "reference") if native.available() else ("reference",))
+        if pick.random() < 0.06 and not backends.why_no_triton("cpu"):
+            self.backend = "triton"  # interpreted: small maps, and no float64
+        triton = self.backend == "triton"
+        self.dtypes = [d for d in DTYPES if not (triton and d == torch.float64)]
+        self.mixed, self.dtype = pick.random() < 0.4, pick.choice(self.dtypes)
+        self.sizes = (1, 2, 5, 8) if triton else (1, 2, 5, 8, 17, 33)
+        self.channels = (1, 3, 8) if triton else (1, 2, 3, 8, 19, 40)
+        self.levels = pick.choice((1, 2) if triton else (1, 1, 2, 2, 3))
+        self.batch = pick.choice((0, 1, 2, 3)) if pick.random() < 0.3 else pick.choice((1, 2))
+        self.tokens = pick.choice((1, 2, 6) if triton else (1, 2, 6, 9))
+        self.images = self.name in ON_IMAGES or pick.random() < 0.7
+        self.shapes = [self._shape() for _ in range(self.levels)]
+        self.channel_dim = -1 if self.name in CHANNELS_LAST and pick.random() < 0.25 else 1
+        self.grad_mode = pick.choice((torch.enable_grad, torch.enable_grad, torch.enable_grad, torch.no_grad))
+        self.odd = pick.choice((None,) * 4 + ("subclass", "negative"))
 
     def _shape(self):
         pick = self.random
-        spatial = [pick.choice((1, 2, 5, 8, 17, 33)) for _ in range(2 if self.images else pick.choice((1, 3)))]
-        if pick.random() < 0.05:
+        spatial = [pick.choice(self.sizes) for _ in range(2 if self.images else pick.choice((1, 3)))]
+        if pick.random() < 0.07 and self.name not in GENERATIVE:  # a convolution takes no empty map
             spatial[pick.randrange(len(spatial))] = 0
         if pick.random() < 0.1:
             spatial = [1] * len(spatial)
-        return (self.batch, pick.choice((1, 2, 3, 8, 19, 40)), *spatial)
+        return (self.batch, pick.choice(self.channels), *spatial)
 
-    def feature(self, name, shape, scale=1.0):
+    def feature(self, name, shape, scale=1.0, dtype=None):
         """A map of this shape, in a layout and a dtype of its own."""
         pick = self.random
-        dtype = pick.choice(DTYPES) if self.mixed else self.dtype
+        dtype = dtype or (pick.choice(self.dtypes) if self.mixed else self.dtype)
         layout = pick.choice(LAYOUTS) if 0 not in shape else "contiguous"
-        x = features(shape, dtype, layout, scale, grad=False)
-        if self.odd == "negative" and dtype in (torch.float32, torch.float64):
-            x = torch.complex(torch.zeros_like(x), x).conj().imag
-        elif self.odd == "subclass" and pick.random() < 0.5:
-            x = x.as_subclass(Plain)
+        if layout == "transposed":
+            x = features((*shape[:2], *reversed(shape[2:])), dtype, scale=scale, grad=False)
+            x = x.permute(0, 1, *reversed(range(2, len(shape))))
+        elif layout == "batch_inside":
+            x = features((shape[1], shape[0], *shape[2:]), dtype, scale=scale, grad=False).transpose(0, 1)
+        else:
+            x = features(shape, dtype, layout, scale, grad=False)
+        x = self._made_odd(x if self.channel_dim == 1 else x.movedim(1, -1), 0.5)
         return self._keep(name, x)
 
     def small(self, name, *shape, low=None):
         """Tokens, weights, factors."""
-        dtype = self.random.choice((torch.float32, torch.float32, torch.float64, torch.bfloat16))
+        dtype = self.random.choice([d for d in DTYPES if d != torch.float16 and d in self.dtypes])
         x = torch.randn(shape, generator=self.generator) * 0.5
         x = (x if low is None else x.abs() + low).to(dtype)
-        if self.odd == "subclass" and self.random.random() < 0.3:
-            x = x.as_subclass(Plain)
-        return self._keep(name, x)
+        return self._keep(name, self._made_odd(x, 0.3))
+
+    def _made_odd(self, x, share):
+        if self.odd is None or self.random.random() > share:
+            return x
+        if self.odd == "subclass":
+            return x.as_subclass(Plain)
+        if x.dtype in (torch.float32, torch.float64):
+            return torch.complex(torch.zeros_like(x), -x).conj().imag  # the negative bit is set
+        return x
+
+    def parameters(self, module, dtype=None):
+        """A loss's own, by the names that ``torch.func.functional_call`` takes."""
+        for name, x in module.named_parameters():
+            x = x.detach() if dtype else x.detach() + 0.3 * torch.randn(x.shape, generator=self.generator)
+            self._keep(f"module.{name}", x.to(dtype or self.random.choice((torch.float32, self.dtypes[-1]))))
+        return [f"module.{name}" for name, _ in module.named_parameters()]
 
     def _keep(self, name, x):
         self.tensors[name] = x.requires_grad_(self.random.random() < 0.6)
         return name
+
+    def weighting(self, level):
+        c, k = self.shapes[level][1], self.tokens
+        sizes = ((c, c, 3, 3), (c,), (k, c, 1, 1), (k,))
+        return [self.small(f"weighting[{level}][{j}]", *size) for j, size in enumerate(sizes)]
 
     def maps(self, name):
         return [self.feature(f"{name}[{i}]", shape) for i, shape in enumerate(self.shapes)]
@@ -90,9 +125,7 @@ def maskd_loss(case):
     tokens = [case.small(f"tokens[{i}]", case.tokens, s[1]) for i, s in enumerate(case.shapes)]
     weighting = []
     if case.images and case.random.random() < 0.5:
-        for i, (_, c, *_) in enumerate(case.shapes):
-            sizes = ((c, c, 3, 3), (c,), (case.tokens, c, 1, 1), (case.tokens,))
-            weighting.append([case.small(f"weighting[{i}][{j}]", *size) for j, size in enumerate(sizes)])
+        weighting = [case.weighting(i) for i in range(case.levels)]
     if case.random.random() < 0.5:  # the kernels of frozen tokens, and their recalled calls
         for name in (*teacher, *tokens, *functools.reduce(operator.iadd, weighting, [])):
             case.tensors[name].requires_grad_(False)
@@ -102,7 +135,7 @@ def maskd_loss(case):
     def call(x):
         w = [mk.functional.MaskWeighting(*(x[n] for n in level)) for level in weighting] or None
         s, t, e = ([x[n] for n in names] for names in (student, teacher, tokens))
-        return mk.maskd_loss(s, t, e, weighting=w, **options)
+        return mk.maskd_loss(s, t, e, weighting=w, channel_dim=case.channel_dim, **options)
 
     return call
 
@@ -113,7 +146,8 @@ def receptive_masks(case):
 
     def call(x):
         s = None if student is None else [x[n] for n in student]
-        return mk.receptive_masks([x[n] for n in teacher], [x[n] for n in tokens], student=s)
+        t, e = [x[n] for n in teacher], [x[n] for n in tokens]
+        return mk.receptive_masks(t, e, student=s, channel_dim=case.channel_dim)
 
     return call
 
@@ -121,25 +155,41 @@ def receptive_masks(case):
 def masked_features(case):
     name, (_, c, *_) = case.feature("x", case.shapes[0]), case.shapes[0]
     tokens = case.small("tokens", case.tokens, c)
-    return lambda x: mk.masked_features(x[name], x[tokens])
+    weighting = case.weighting(0) if case.images and case.random.random() < 0.5 else None
+
+    def call(x):
+        w = weighting and mk.functional.MaskWeighting(*(x[n] for n in weighting))
+        return mk.masked_features(x[name], x[tokens], weighting=w, channel_dim=case.channel_dim)
+
+    return call
+
+
+def mask_weights(case):
+    teacher, weighting = case.feature("teacher", case.shapes[0]), case.weighting(0)
+    return lambda x: mk.functional.mask_weights(x[teacher], mk.functional.MaskWeighting(*(x[n] for n in weighting)))
 
 
 def masked_mse(case):
     teacher, student = case.maps("teacher"), case.maps("student")
     masks = [case.small(f"masks[{i}]", s[0], case.tokens, *s[2:], low=0.1) for i, s in enumerate(case.shapes)]
-    return lambda x: mk.masked_mse(*([x[n] for n in names] for names in (student, teacher, masks)))
+
+    def call(x):
+        given = ([x[n] for n in names] for names in (student, teacher, masks))
+        return mk.masked_mse(*given, channel_dim=case.channel_dim)
+
+    return call
 
 
 def scale_pixels(case):
     maps = case.maps("x")
     scale = [case.small(f"scale[{i}]", s[0], *s[2:]) for i, s in enumerate(case.shapes)]
-    return lambda x: mk.scale_pixels([x[n] for n in maps], [x[n] for n in scale])
+    return lambda x: mk.scale_pixels([x[n] for n in maps], [x[n] for n in scale], channel_dim=case.channel_dim)
 
 
 def scale_channels(case):
     maps = case.maps("x")
     scale = [case.small(f"scale[{i}]", *s[:2]) for i, s in enumerate(case.shapes)]
-    return lambda x: mk.scale_channels([x[n] for n in maps], [x[n] for n in scale])
+    return lambda x: mk.scale_channels([x[n] for n in maps], [x[n] for n in scale], channel_dim=case.channel_dim)
 
 
 def squared_error(case):
@@ -149,14 +199,15 @@ def squared_error(case):
 
     def call(x):
         factors = [x[n] for n in scale] if scaled else None
-        return mk.squared_error([x[n] for n in pred], [x[n] for n in target], channel_scale=factors)
+        p, t = [x[n] for n in pred], [x[n] for n in target]
+        return mk.squared_error(p, t, channel_scale=factors, channel_dim=case.channel_dim)
 
     return call
 
 
 def attention_stats(case):
     maps = case.maps("x")
-    return lambda x: mk.attention_stats([x[n] for n in maps])
+    return lambda x: mk.attention_stats([x[n] for n in maps], channel_dim=case.channel_dim)
 
 
 def dice_diversity(case):
@@ -164,12 +215,77 @@ def dice_diversity(case):
     return lambda x: mk.dice_diversity([x[n] for n in maps])
 
 
+def _called(module, names, buffers, x, *arguments, **options):
+    """The module's result with its parameters taken from the case's tensors."""
+    given = {name.removeprefix("module."): x[name] for name in names} | {k: b.clone() for k, b in buffers.items()}
+    return torch.func.functional_call(module, given, arguments, options)
+
+
+def maskd_module(case):
+    pick = case.random
+    warmup, weighted = pick.choice((0, 5)), case.images and pick.random() < 0.6
+    module = mk.MasKDLoss(
+        [s[1] for s in case.shapes], case.tokens, weighted, custom_mask_warmup=warmup, loss_weight=7.0
+    )
+    teacher, student, names = case.maps("teacher"), case.maps("student"), case.parameters(module)
+    if pick.random() < 0.5:
+        for name in (*teacher, *names):
+            case.tensors[name].requires_grad_(False)
+    buffers = dict(module.named_buffers())
+    return lambda x: _called(module, names, buffers, x, [x[n] for n in student], [x[n] for n in teacher])
+
+
+def _generative(case, make):
+    """Features and parameters of a loss with convolutions: those take no mixture of dtypes."""
+    dtype = case.dtype if case.dtype != torch.float16 else torch.float32
+    channels = [s[1] if case.random.random() < 0.5 else 5 for s in case.shapes]
+    module = make(channels, [s[1] for s in case.shapes])
+    names = case.parameters(module, dtype)
+    student = [
+        case.feature(f"student[{i}]", (s[0], c, *s[2:]), dtype=dtype)
+        for i, (c, s) in enumerate(zip(channels, case.shapes, strict=True))
+    ]
+    teacher = case.maps("teacher")
+
+    def call(x, **options):
+        return _called(module, names, {}, x, [x[n] for n in student], [x[n] for n in teacher], **options)
+
+    return call
+
+
+def mgd_module(case):
+    pick = case.random
+    if case.backend != "triton" and pick.random() < 0.4:  # the path of kept pixels
+        case.shapes, case.dtype, case.mixed = [(case.batch, 128, 33, 33)], torch.float32, False
+    on_channel = pick.random() < 0.3
+    call = _generative(case, lambda s, t: mk.MGDLoss(s, t, lambda_mgd=0.65, mask_on_channel=on_channel))
+    sizes = [(s[0], s[1], 1, 1) if on_channel else (s[0], 1, *s[2:]) for s in case.shapes]
+    keep = [torch.rand(size, generator=case.generator) > 0.65 for size in sizes]
+    return lambda x: call(x, keep=keep)
+
+
+def amd_module(case):
+    pick = case.random
+    # A threshold no attention lies on: rounding does not decide.
+    options = {"threshold": pick.choice((0.91, 1.07)), "mask_salient": pick.random() < 0.5, "reduction": 1}
+    options |= {"channel_adaptive": pick.random() < 0.7, "channel_source": pick.choice(("teacher", "student"))}
+    return _generative(case, lambda s, t: mk.AMDLoss(s, t, **options))
+
+
+CHANNELS_LAST = {"maskd_loss", "receptive_masks", "masked_features", "masked_mse"}
+CHANNELS_LAST |= {"scale_pixels", "scale_channels", "squared_error", "attention_stats"}
+GENERATIVE = {"mgd_module", "amd_module"}
+ON_IMAGES = {"mask_weights", *GENERATIVE}
 FUNCTIONS = {
     f.__name__: f
     for f in (
         maskd_loss,
+        maskd_module,
+        mgd_module,
+        amd_module,
         receptive_masks,
         masked_features,
+        mask_weights,
         masked_mse,
         scale_pixels,
         scale_channels,
@@ -232,6 +348,10 @@ def run(seed):
             floor = {torch.float64: 1e-10, torch.float32: 4e-6}.get(value.dtype, torch.finfo(value.dtype).eps)
             if value.dtype == torch.float64 and lowest != torch.float64:
                 floor = 4e-6
+            if case.backend == "triton" and value.dtype == torch.bfloat16:
+                floor *= (
+                    2  # the interpreter cuts bfloat16 off where hardware rounds: the error of each rounding doubles
+                )
             theirs = off(eager[name], exact[name])
             allowed = max(min(max(2 * theirs, floor), max(CAP[lowest], floor)), theirs)
             error = off(value, exact[name])
