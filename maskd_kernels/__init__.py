@@ -2,7 +2,7 @@
 
 from maskd_kernels._version import __version__
 from maskd_kernels.backends import BackendUnavailableError, current_backend, use_backend
-from maskd_kernels.distill import Distiller, Preparation, Tap, TokenTrainer, plot_masks, prepare_teacher
+from maskd_kernels.distill import Distiller, Layer, Preparation, Tap, TokenTrainer, plot_masks, prepare_teacher
 from maskd_kernels.functional import (
     MaskWeighting,
     attention_stats,
@@ -23,6 +23,7 @@ __all__ = [
     "AMDLoss",
     "BackendUnavailableError",
     "Distiller",
+    "Layer",
     "MGDLoss",
     "MasKDLoss",
     "MasKDSegLoss",

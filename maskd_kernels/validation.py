@@ -178,7 +178,10 @@ def match_weighting(weighting: Sequence[MaskWeighting], teacher: list[Tensor], n
     for i, (w, t) in enumerate(zip(weighting, teacher, strict=True)):
         label, c = level_name("weighting", i, len(teacher)), t.shape[1]
         if t.dim() != 4:
-            raise ValueError(f"{label}: weighting masks needs images [N, C, H, W], got a teacher of {shape_of(t)}")
+            raise ValueError(
+                f"{label}: weighting masks needs images [N, C, H, W], got a teacher of {shape_of(t)}; sequences take "
+                "weight_mask=False, or Tap(grid=...)"
+            )
         for field, expected in zip(w._fields, ([c, c, 3, 3], [c], [num_tokens, c, 1, 1], [num_tokens]), strict=True):
             got = getattr(w, field)
             if got.dtype not in FLOATING:

@@ -1,6 +1,8 @@
 """Distiller: any two models, without touching the student's output or the teacher's state."""
 
 import copy
+import pickle
+import pickletools
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -10,7 +12,9 @@ from helpers import parameters_of_processes
 from torch import nn
 from torch.nn import functional as F
 
-from maskd_kernels import AMDLoss, Distiller, MasKDLoss, MGDLoss, Tap
+from maskd_kernels import AMDLoss, Distiller, Layer, MasKDLoss, MGDLoss, Tap
+from maskd_kernels.distill.features import tensors_in
+from maskd_kernels.distill.recording import _Hook
 
 
 class Pair(NamedTuple):
@@ -67,9 +71,9 @@ def mse(s, t):
     return sum(F.mse_loss(a, b) for a, b in zip(s, t, strict=True))
 
 
-def distiller(student=None, teacher=None, **tap):
+def distiller(student=None, teacher=None, student_layer="neck", **tap):
     student, teacher = student or Net(4), teacher or Net(8)
-    return Distiller(student, teacher, [Tap("neck", "neck", **{"loss": mse, **tap})], example_inputs=(IMAGE,))
+    return Distiller(student, teacher, [Tap(student_layer, "neck", **{"loss": mse, **tap})], example_inputs=(IMAGE,))
 
 
 @pytest.mark.parametrize("structure", ["tensor", "list", "tuple", "namedtuple", "dict"])
@@ -161,9 +165,13 @@ def test_align():
     assert list(d.aligns[0]) == list(given)
     d(IMAGE)
     with pytest.raises(
-        ValueError, match=r"neck\[0\]: expected the teacher's channels after align, got \[2, 4, 16, 16\]"
+        ValueError,
+        match=r"neck\[0\]: expected the teacher's channels after align, got \[2, 6, 16, 16\] and \[2, 8, 16, 16\] "
+        r"\(\[2, 4, 16, 16\] before align\)",
     ):
-        Distiller(Net(4), Net(8), [Tap("neck", "neck", mse, align=None)])(IMAGE)
+        distiller(align=[nn.Conv2d(4, 6, 1), nn.Conv2d(4, 8, 1)])
+    with pytest.raises(ValueError, match=r"neck: expected 2 align module\(s\), one per level, got 1"):
+        distiller(align=nn.Conv2d(4, 8, 1))
     with pytest.raises(ValueError, match="align: expected 'auto', None or modules, got 'yes'"):
         Tap("neck", "neck", mse, align="yes")
 
@@ -244,7 +252,10 @@ def test_activation_checkpointing():
 def test_hooks_are_removed():
     student, teacher = Net(4), Net(8)
     with distiller(student, teacher) as d:
-        assert student.neck._forward_hooks
+        d(IMAGE)
+        assert not any(m._forward_hooks for model in (student, teacher) for m in model.modules())
+        with pytest.raises(RuntimeError, match="channels"):
+            d(torch.randn(2, 4, 8, 8))
     assert not any(m._forward_hooks for model in (student, teacher) for m in model.modules())
     with pytest.raises(RuntimeError, match="hooks have been removed"):
         d(IMAGE)
@@ -270,8 +281,10 @@ def test_bad_layers():
         distiller(Net(4, "one"))(IMAGE)
     with pytest.raises(ValueError, match=r"neck: expected the same keys .* got p2, p3 and p3, p4"):
         distiller(Net(4, "dict"), Net(8, "other keys"))(IMAGE)
-    with pytest.raises(TypeError, match=r"student 'neck': expected a tensor, .* got list of Tensor, str"):
-        distiller(Net(4, "text"))
+    with pytest.raises(
+        TypeError, match=r"student 'stem', after select: expected features .*, got dict of 0: \[2\], 1: str"
+    ):
+        distiller(Net(4), student_layer=Layer("stem", select=lambda x: {0: x[:, 0, 0, 0], 1: "x"}))
 
 
 def test_bad_taps():
@@ -362,3 +375,413 @@ def test_ddp(tmp_path):
     """Two processes: no unused parameters, and the copies stay equal."""
     first, second = parameters_of_processes(distil_in_ddp, tmp_path)
     assert torch.equal(first, second)
+
+
+class InPlace(nn.Module):
+    """Layers followed by what changes their outputs in place: a ReLU always, a dropout in training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=True)
+        self.second, self.drop = nn.Conv2d(4, 4, 3, padding=1), nn.Dropout(0.5, inplace=True)
+        self.changes = False
+
+    def forward(self, x):
+        x = self.drop(self.second(self.relu(self.conv(x))))
+        return x.mul_(2) if self.changes else x
+
+
+@pytest.mark.parametrize("example_inputs", [None, IMAGE])
+def test_in_place_operations_after_the_layer(example_inputs):
+    """What a tap gets, and its gradient, are those of the layer's own output."""
+    student, teacher = InPlace(), InPlace()
+    d = Distiller(
+        student, teacher, [Tap(name, name, mse) for name in ("conv", "second")], example_inputs=example_inputs
+    )
+    teacher.eval()
+    for _ in range(3):
+        torch.manual_seed(1)
+        student.zero_grad()
+        _, losses = d(IMAGE)
+        sum(losses.values()).backward()
+        gradients = [p.grad.clone() for p in student.parameters()]
+        student.zero_grad()
+        s, t = (m.conv(IMAGE) for m in (student, teacher))
+        first, second = mse(s, t.detach()), mse(student.second(s.relu()), teacher.second(t.relu()).detach())
+        (first + second).backward()
+        torch.testing.assert_close(losses, {"conv": first, "second": second})
+        for gradient, parameter in zip(gradients, student.parameters(), strict=True):
+            torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_only_what_changes_is_copied():
+    seen = []
+    student = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1))
+    taps = [Tap(name, name, lambda s, t: seen.append(s) or mse(s, t)) for name in ("0", "2")]
+    d = Distiller(student, copy.deepcopy(student), taps, example_inputs=IMAGE)
+    outputs = []
+    for name in ("0", "2"):
+        student.get_submodule(name).register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    for _ in range(2):
+        outputs.clear()
+        seen.clear()
+        d(IMAGE)
+        assert seen[0] is not outputs[0]
+        assert seen[1] is outputs[1]
+
+
+def test_change_in_place_that_comes_later():
+    student = InPlace()
+    d = Distiller(student, Net(4, "tensor"), [Tap("second", "neck", mse)], example_inputs=IMAGE)
+    d.eval()
+    d(IMAGE)
+    student.changes = True
+    with pytest.raises(
+        RuntimeError, match="student 'second': an in-place operation after this layer changed its output"
+    ):
+        d(IMAGE)
+    seen = student.second(student.relu(student.conv(IMAGE)))
+    _, losses = d(IMAGE)
+    torch.testing.assert_close(losses["second"], mse(seen, d.teacher.neck(d.teacher.stem(IMAGE))))
+
+
+def test_teacher_in_inference_mode():
+    class Teacher(InPlace):
+        @torch.inference_mode()
+        def forward(self, x):
+            return super().forward(x)
+
+    student, teacher = InPlace(), Teacher().eval()
+    d = Distiller(student, teacher, [Tap("conv", "conv", MasKDLoss(4))], example_inputs=IMAGE)
+    for _ in range(2):
+        _, losses = d(IMAGE)
+        losses["conv"].backward()
+        torch.testing.assert_close(losses["conv"], d.losses[0](student.conv(IMAGE), teacher.conv(IMAGE)))
+
+
+def test_in_place_operation_in_compiled_models():
+    torch._dynamo.reset()
+    student, teacher = InPlace().eval(), InPlace().eval()
+    compiled = [torch.compile(m, backend="aot_eager") for m in (student, teacher)]
+    d = Distiller(*compiled, [Tap("conv", "conv", mse)], example_inputs=IMAGE).eval()
+    for _ in range(3):
+        student.zero_grad()
+        _, losses = d(IMAGE)
+        losses["conv"].backward()
+        expected = mse(student.conv(IMAGE), teacher.conv(IMAGE))
+        torch.testing.assert_close(losses["conv"], expected)
+        torch.testing.assert_close(student.conv.weight.grad, torch.autograd.grad(expected, student.conv.weight)[0])
+
+
+def test_torchvision_resnet_with_in_place_relu():
+    from torchvision.models import resnet18
+
+    student, teacher = resnet18(weights=None), resnet18(weights=None)
+    d = Distiller(student, teacher, Tap("bn1", "bn1", mse), example_inputs=torch.randn(1, 3, 64, 64)).eval()
+    x = torch.randn(2, 3, 64, 64)
+    _, losses = d(x)
+    torch.testing.assert_close(losses["bn1"], mse(*(m.bn1(m.conv1(x)) for m in (student, teacher))))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_copies_and_pickles(compiled, tmp_path):
+    torch._dynamo.reset()
+    student, teacher = Net(4), Net(8)
+    if compiled:
+        student.compile(backend="eager")
+    d = distiller(student, teacher)
+    for model in (copy.deepcopy(student), torch_saved(student, tmp_path)):
+        assert not any(isinstance(h, _Hook) for m in model.modules() for h in m._forward_hooks.values())
+        assert torch.equal(model(IMAGE)["logits"], student(IMAGE)["logits"])
+    for other in (copy.deepcopy(d), torch_saved(d, tmp_path), torch.optim.swa_utils.AveragedModel(d).module):
+        _, expected = d(IMAGE)
+        assert not {id(p) for p in d.parameters()} & {id(p) for p in other.parameters()}
+        assert other.teacher is not teacher
+        _, losses = other(IMAGE)
+        torch.testing.assert_close(losses, expected)
+        with torch.no_grad():
+            other.student.neck.conv.weight.mul_(2)
+        assert other(IMAGE)[1]["neck"] != losses["neck"]
+        torch.testing.assert_close(d(IMAGE)[1], expected)
+
+
+def torch_saved(model, folder):
+    torch.save(model, folder / "model.pth")
+    return torch.load(folder / "model.pth", weights_only=False)
+
+
+def test_ema_copy_made_while_the_student_runs(tmp_path):
+    """Then it carries hooks, and they become something dead that loads without this package."""
+    student = Net(4)
+    d = distiller(student)
+    copies = []
+    student.head.register_forward_pre_hook(lambda *_: copies.append(copy.deepcopy(student)))
+    d(IMAGE)
+    student.head._forward_pre_hooks.clear()
+    copies[0].head._forward_pre_hooks.clear()
+    assert b"maskd_kernels" not in pickletools.optimize(pickle.dumps(copies[0]))
+    assert torch.equal(torch_saved(copies[0], tmp_path)(IMAGE)["logits"], student(IMAGE)["logits"])
+
+
+class Sequence(nn.Module):
+    """A ViT in small: a class token and a grid of patches, ``[N, 1 + L, C]``."""
+
+    def __init__(self, width, stride=4):
+        super().__init__()
+        self.embed = nn.Conv2d(3, width, stride, stride=stride)
+        self.class_token = nn.Parameter(torch.randn(1, 1, width))
+        self.block = nn.Linear(width, width)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).mT
+        return self.block(torch.cat([self.class_token.expand(len(x), -1, -1), x], 1)).mean(1)
+
+
+@pytest.mark.parametrize("grid", ["input", (4, 8), [(4, 8)]])
+def test_grid_of_tokens(grid):
+    images, seen = torch.randn(2, 3, 16, 32), []
+    tap = Tap(
+        "block", "block", lambda s, t: seen.append((s, t)) or mse(s, t), channel_dim=-1, prefix_tokens=1, grid=grid
+    )
+    student, teacher = Sequence(6), Sequence(12)
+    d = Distiller(student, teacher, tap, example_inputs=images)
+    assert d.aligns[0][0].weight.shape == (12, 6, 1, 1)
+    d(images)
+    s, t = seen[-1]
+    expected = teacher.block(teacher.embed(images).movedim(1, -1)).movedim(-1, 1)
+    torch.testing.assert_close(t, expected)
+    torch.testing.assert_close(s, d.aligns[0][0](student.block(student.embed(images).movedim(1, -1)).movedim(-1, 1)))
+
+
+def test_grid_needs_a_clear_answer():
+    tap = {"channel_dim": -1, "prefix_tokens": 1}
+    with pytest.raises(ValueError, match=r"student 'block': grid \(3, 5\) needs 15 tokens, got 16"):
+        Distiller(Sequence(6), Sequence(6), Tap("block", "block", mse, grid=(3, 5), **tap), example_inputs=IMAGE)
+    with pytest.raises(
+        ValueError, match=r"grid of 17 tokens for images of 16x16, and none fits; are prefix_tokens right"
+    ):
+        Distiller(
+            Sequence(6), Sequence(6), Tap("block", "block", mse, channel_dim=-1, grid="input"), example_inputs=IMAGE
+        )
+    with pytest.raises(ValueError, match="grid='input' needs images"):
+        Layer("x", channel_dim=-1, grid="input").features({"x": [torch.randn(2, 16, 4)]}, None, "teacher")
+    with pytest.raises(ValueError, match=r"grid: expected \(H, W\), .*, got 'auto'"):
+        Layer("x", grid="auto")
+    with pytest.raises(ValueError, match="prefix_tokens: expected a number of tokens from 0 on, got -1"):
+        Layer("x", prefix_tokens=-1)
+
+
+def test_token_sequences_are_never_interpolated_as_they_are():
+    with pytest.raises(
+        ValueError, match=r"token sequences of one length, got \[2, 6, 17\] and \[2, 6, 5\]; Tap\(grid="
+    ):
+        Distiller(
+            Sequence(6), Sequence(6, 8), Tap("block", "block", mse, channel_dim=-1, resize=True), example_inputs=IMAGE
+        )
+    tap = Tap("block", "block", MGDLoss(6, 6), channel_dim=-1, prefix_tokens=1, grid="input", resize=True)
+    _, losses = Distiller(Sequence(6), Sequence(6, 8), tap, example_inputs=IMAGE)(IMAGE)
+    assert losses["block"].isfinite()
+
+
+@pytest.mark.parametrize(("loss", "hint"), [(MasKDLoss(6), "weight_mask=False"), (MGDLoss(6, 6), "grid")])
+def test_losses_say_what_sequences_take(loss, hint):
+    with pytest.raises(ValueError, match=rf"block: the loss cannot take \[2, 6, 17\] and \[2, 6, 17\]: .*{hint}"):
+        Distiller(Sequence(6), Sequence(6), Tap("block", "block", loss, channel_dim=-1), example_inputs=IMAGE)
+
+
+def values(d, inputs=IMAGE):
+    """What the only tap's loss was called with."""
+    seen = []
+    d.taps[0].loss = lambda s, t: seen.append((s, t)) or torch.zeros(())
+    d(inputs)
+    return seen[0]
+
+
+def test_layers_as_one_pyramid():
+    """Names or modules, on one side or both."""
+    student, teacher = Net(8), Net(8)
+    for side in (["stem.0", "neck.conv"], [student.stem[0], student.neck.conv], ("stem.0", student.neck.conv)):
+        d = Distiller(student, teacher, Tap(side, ["stem.0", "neck.conv"], mse, align=None)).eval()
+        assert d._pairs[0].label == "stem.0, neck.conv"
+        s, t = values(d)
+        for got, model in ((s, student), (t, teacher)):
+            expected = [model.stem[0](IMAGE), model.neck.conv(model.stem(IMAGE))]
+            assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+    d = Distiller(student, teacher, Tap(["stem.0", "neck.conv"], "stem.0", mse, align=None))
+    with pytest.raises(ValueError, match="as many levels from the student as from the teacher, got 2 and 1"):
+        d(IMAGE)
+    s, t = values(Distiller(student, teacher, Tap(student.stem, teacher.stem, mse)).eval())
+    assert torch.equal(s, student.stem(IMAGE))
+    with pytest.raises(ValueError, match="student: the Conv2d given as a layer is not in Net"):
+        Distiller(student, teacher, Tap(nn.Conv2d(3, 3, 1), "stem", mse))
+
+
+@pytest.mark.parametrize(
+    ("structure", "levels", "expected"),
+    [
+        ("dict", "p3", 1),
+        ("dict", 0, 0),
+        ("dict", ["p3"], [1]),
+        ("dict", [-1, "p2"], [1, 0]),
+        ("list", 1, 1),
+        ("namedtuple", "b", 1),
+        ("text", [0], [0]),
+    ],
+)
+def test_levels(structure, levels, expected):
+    student, teacher = Net(8, structure).eval(), Net(8, structure).eval()
+    d = Distiller(student, teacher, Tap("neck", "neck", mse, levels=levels)).eval()
+    s, _ = values(d)
+    every = [x for x in tensors_in(student.neck(student.stem(IMAGE)))]
+    if isinstance(expected, list):
+        assert all(torch.equal(x, every[i]) for x, i in zip(s, expected, strict=True))
+    else:
+        assert torch.equal(s, every[expected])
+
+
+def test_sides_of_different_options():
+    student, teacher = Net(8, "tensor").eval(), Net(8, "dict").eval()
+    s, t = values(Distiller(student, teacher, Tap("neck", Layer("neck", levels="p2"), mse)).eval())
+    assert torch.equal(s, student.neck(student.stem(IMAGE)))
+    assert torch.equal(t, teacher.neck(teacher.stem(IMAGE))["p2"])
+    both = ["stem", "neck"]
+    s, t = values(Distiller(student, teacher, Tap(both, Layer("neck", select=halves), mse, align=None)).eval())
+    assert [x.shape[1] for x in t] == [4, 4]
+
+
+def halves(output):
+    return list(output["p2"].chunk(2, 1))
+
+
+def test_what_is_no_feature_does_not_count():
+    class Output(nn.Module):
+        def forward(self, x):
+            return {"loss": x.sum(), "features": x, "ids": x.long(), "past": None, "inner": (x,), "vector": x[:, 0, 0]}
+
+    student, teacher = (nn.Sequential(nn.Conv2d(3, 4, 1), Output()) for _ in range(2))
+    s, _ = values(Distiller(student, teacher, Tap("1", "1", mse)))
+    assert [x.shape for x in s] == [(2, 4, 16, 16)]
+    s, _ = values(Distiller(student, teacher, Tap("1", "1", mse, levels="inner")))
+    assert [x.shape for x in s] == [(2, 4, 16, 16)]
+    for levels, message in (
+        ("past", "no level 'past'"),
+        ("p9", "no level 'p9' in dict of loss, features"),
+        (7, "level 7"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Distiller(student, teacher, Tap("1", "1", mse, levels=levels))(IMAGE)
+    with pytest.raises(TypeError, match=r"got \[\]"):
+        Distiller(student, teacher, Tap("1", "1", mse, levels="loss"))(IMAGE)
+    with pytest.raises(ValueError, match="levels, select: expected one of them"):
+        Tap("1", "1", mse, levels="loss", select=halves)
+
+
+@pytest.mark.parametrize("align", [None, "auto"])
+def test_losses_that_align_by_themselves(align):
+    tap = Tap("neck", "neck", AMDLoss([4, 4], [8, 8], reduction=4), align=align)
+    d = Distiller(Net(4), Net(8), tap, example_inputs=IMAGE)
+    assert not len(d.aligns[0])
+    _, losses = d(IMAGE)
+    losses["neck"].backward()
+    assert all(p.grad.abs().sum() > 0 for p in d.losses[0].align.parameters())
+
+
+def test_inputs_of_the_teacher():
+    def smaller(x, scale=1.0):
+        return (x.flip(-1) * scale,)
+
+    student, teacher = Net(8, "tensor").eval(), Net(8, "tensor").eval()
+    seen = []
+    d = Distiller(student, teacher, Tap("stem", "stem", lambda s, t: seen.append(t) or t.sum()), teacher_inputs=smaller)
+    d(IMAGE)
+    torch.testing.assert_close(seen[0], teacher.stem(IMAGE.flip(-1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_floating_inputs_take_the_teachers_dtype(dtype):
+    _, losses = distiller(Net(8), Net(8).to(dtype), loss=MasKDLoss([8, 8]))(IMAGE)
+    assert losses["neck"].dtype == torch.float32
+    assert losses["neck"] > 0
+
+
+def test_example_inputs():
+    class TwoInputs(Net):
+        def forward(self, x, *, scale):
+            return super().forward(x * scale)
+
+    assert len(distiller().aligns[0]) == 2
+    for inputs in (IMAGE, (IMAGE,), {"x": IMAGE}):
+        d = Distiller(Net(4), Net(8), Tap("neck", "neck", mse), example_inputs=inputs)
+        assert len(d.aligns[0]) == 2
+    inputs = {"x": IMAGE, "scale": torch.ones(())}
+    assert len(Distiller(TwoInputs(4), TwoInputs(8), Tap("neck", "neck", mse), example_inputs=inputs).aligns[0]) == 2
+
+
+def test_building_tries_the_loss_and_leaves_no_traces():
+    loss = MasKDLoss([8, 8])
+    state = torch.get_rng_state()
+    d = Distiller(Net(8), Net(8), [Tap("neck", "neck", loss), Tap("stem", "stem", MGDLoss(8, 8))])
+    torch.set_rng_state(state)
+    d.build(IMAGE)
+    assert loss._iter == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match=r"neck: the loss cannot take \[2, 8, 16, 16\], \[2, 8, 8, 8\] and .*2 level"):
+        distiller(Net(8), Net(8), loss=MasKDLoss([8, 8, 8]))
+    with pytest.raises(ValueError, match=r"neck: the loss cannot take .*expected \[K, 8\]"):
+        distiller(Net(8), Net(8), loss=MasKDLoss([16, 16]))
+
+
+def test_things_that_are_no_taps():
+    with pytest.raises(TypeError, match=r"taps\[0\]: expected a Tap\(student, teacher, loss\), got tuple"):
+        Distiller(Net(4), Net(8), [("neck", "neck", mse)])
+    with pytest.raises(TypeError, match="taps: expected a Tap or several, got int"):
+        Distiller(Net(4), Net(8), 3)
+    with pytest.raises(TypeError, match="loss: expected a module or function, got the class MasKDLoss"):
+        Tap("neck", "neck", MasKDLoss)
+    with pytest.raises(TypeError, match="layer: expected a layer's name, a module or a list of them, got int"):
+        Tap(3, "neck", mse)
+
+
+def test_loading_before_the_aligns_are_built():
+    state = distiller().state_dict()
+    late = Distiller(Net(4), Net(8), Tap("neck", "neck", mse))
+    with pytest.raises(RuntimeError, match="load_state_dict: the aligns are not built yet"):
+        late.load_state_dict(state)
+    late.build(IMAGE)
+    late.load_state_dict(state)
+    assert torch.equal(late.aligns[0][0].weight, state["aligns.0.0.weight"])
+
+
+def distil_a_wrapped_student(rank):
+    """Refused where aligns or losses would stay apart, and right where there are none."""
+    torch.manual_seed(0)
+    student = nn.parallel.DistributedDataParallel(Net(8))
+    for tap in (Tap("neck", "neck", MGDLoss([8, 8], [8, 8])), Tap("neck", "neck", mse)):
+        with pytest.raises(ValueError, match=r"DistributedDataParallel\(Distiller\(student, \.\.\.\)\)"):
+            Distiller(student, Net(16), tap, example_inputs=IMAGE)
+    d = Distiller(student, Net(8), Tap("neck", "neck", MasKDLoss([8, 8])), example_inputs=IMAGE)
+    optimizer = torch.optim.SGD(d.trainable_parameters(), lr=0.01)
+    torch.manual_seed(rank)
+    for _ in range(3):
+        output, losses = d(torch.randn(2, 3, 16, 16))
+        optimizer.zero_grad()
+        (output["logits"].square().mean() + sum(losses.values())).backward()
+        optimizer.step()
+    return list(d.parameters())
+
+
+def test_student_in_ddp(tmp_path):
+    first, second = parameters_of_processes(distil_a_wrapped_student, tmp_path)
+    assert torch.equal(first, second)
+
+
+def distil_a_copy(rank, d, queue):
+    _, losses = d(torch.ones(2, 3, 16, 16))
+    queue.put(losses["neck"].item())
+
+
+def test_spawned_processes_take_a_distiller():
+    d = distiller()
+    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    torch.multiprocessing.spawn(distil_a_copy, (d, queue), nprocs=1)
+    assert queue.get() == pytest.approx(d(torch.ones(2, 3, 16, 16))[1]["neck"].item())

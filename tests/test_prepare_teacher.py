@@ -12,7 +12,7 @@ from torchvision.models.segmentation import deeplabv3_resnet50, lraspp_mobilenet
 from torchvision.ops import FrozenBatchNorm2d
 
 from maskd_kernels import Distiller, MasKDLoss, Tap, TokenTrainer, prepare_teacher
-from maskd_kernels.distill.features import as_levels
+from maskd_kernels.distill.features import tensors_in
 
 IMAGE = (2, 3, 64, 96)
 NOTHING = {"weights": None, "weights_backbone": None}
@@ -34,7 +34,7 @@ def features(model, layer, *inputs):
     """Copies of what a layer puts out."""
     found = []
     handle = dict(model.named_modules())[layer].register_forward_hook(
-        lambda _module, _inputs, output: found.extend(x.clone() for x in as_levels(output, layer)[0])
+        lambda _module, _inputs, output: found.extend(x.clone() for x in tensors_in(output))
     )
     with torch.no_grad():
         model(*inputs)

@@ -2,58 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maskd_kernels.distill.features import FrozenTeacher, as_levels, find_layer
+from maskd_kernels.distill.features import kind
+from maskd_kernels.distill.recording import Recorder
+from maskd_kernels.distill.taps import Layer, Tap, image_size
+from maskd_kernels.distill.teacher import FrozenTeacher, as_call, cast_to
 
 _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 _INTERPOLATION = {3: "linear", 4: "bilinear", 5: "trilinear"}
 
 
-@dataclass
-class Tap:
-    """One loss between a layer of the student and a layer of the teacher.
+class _Pair(NamedTuple):
+    """A tap in these two models."""
 
-    Args:
-        student: the layer's name, as ``named_modules`` spells it (``"backbone.fpn"``).
-        teacher: likewise.
-        loss: called with the student's and the teacher's features; modules and functions alike. It gets tensors where
-            the layer puts out a tensor, else lists of them (one per level).
-        align: ``"auto"`` builds a 1x1 convolution for each level whose channels differ; None: nothing is aligned;
-            or a module of yours (a list of them, one per level).
-        name: the loss's name in the results; the student's layer by default.
-        weight: factor on the loss.
-        resize: whether student features of another size are interpolated to the teacher's. Off: an error.
-        channel_dim: 1, or -1 for ``[N, *spatial, C]`` (token sequences); losses always get ``[N, C, *spatial]``.
+    label: str
+    student: Layer
+    teacher: Layer
 
-    A layer that runs several times in one forward (a head shared by the levels) counts as a list of levels.
-    """
 
-    student: str
-    teacher: str
-    loss: Callable[..., Tensor]
-    align: str | nn.Module | Sequence[nn.Module] | None = "auto"
-    name: str | None = None
-    weight: float = 1.0
-    resize: bool = False
-    channel_dim: int = 1
-    label: str = field(init=False)
+class _Call(NamedTuple):
+    """What one call has recorded of both models."""
 
-    def __post_init__(self) -> None:
-        if not callable(self.loss):
-            raise TypeError(f"loss: expected a module or function, got {type(self.loss).__name__}")
-        if isinstance(self.align, str) and self.align != "auto":
-            raise ValueError(f"align: expected 'auto', None or modules, got {self.align!r}")
-        if self.channel_dim not in (1, -1):
-            raise ValueError(f"channel_dim: expected 1 or -1, got {self.channel_dim!r}")
-        self.label = self.name or self.student or "output"
+    student: dict[str, list[Any]]
+    teacher: dict[str, list[Any]]
+    student_size: tuple[int, int] | None
+    teacher_size: tuple[int, int] | None
 
 
 class Distiller(FrozenTeacher):
@@ -61,20 +43,29 @@ class Distiller(FrozenTeacher):
 
     The student's output comes back untouched, beside a dict of named, weighted losses to add to the task loss. The
     teacher runs in eval mode and without gradients, whatever mode the distiller is in; it is moved with the distiller
-    but is no part of its ``state_dict()`` and parameters. Works with models wrapped by ``torch.compile`` or
-    ``DistributedDataParallel``, inside DDP itself, and under autocast. As a context manager it removes its
-    hooks from both models at the end.
+    but is no part of its ``state_dict()`` and parameters. Works with models under ``torch.compile`` and under autocast.
+    For several processes wrap the distiller: ``DistributedDataParallel(Distiller(student, ...))``. It can be copied and
+    pickled, with copies of both models; the models themselves carry nothing of it between calls (under
+    ``torch.compile``: hooks, which copies of them lose). A tap gets what its layer put out, whatever in-place
+    operations follow. As a context manager it lets go of both models at the end.
 
     Args:
         student: the model to train.
         teacher: the model to learn from.
-        taps: the losses.
-        example_inputs: arguments for one forward of both models, in eval mode and without gradients, that shows the
-            channels to align. Without them the aligns are built in the first call; the optimizer must then be
-            made after it. (``trainable_parameters`` refuses before.)
+        taps: the losses: a Tap or several.
+        example_inputs: for one forward of both models, in eval mode and without gradients, that shows the channels to
+            align, and whether the losses take the features: a tuple of arguments, a dict of keywords, or the one
+            argument (a tensor, a list of images). Without them the aligns are built in the first call; the optimizer
+            must then be made after it. (``trainable_parameters`` refuses before.)
+        teacher_inputs: called with the arguments of a call, returns the teacher's, as ``example_inputs``: another
+            resolution, a batch's images alone, images without augmentation. None: the student's. Either way, floating
+            inputs are cast to the dtype of a teacher in bfloat16 or float16.
 
     Raises:
-        ValueError: no layer of that name (the message lists near ones), two taps of one name, no taps.
+        ValueError: no layer of that name (the message lists near ones), two taps of one name, no taps; features that
+            do not fit, with the tap's name and both shapes; a student in ``DistributedDataParallel`` where aligns or
+            losses have parameters to train, which it would not synchronise.
+        TypeError: taps that are none; features that a loss cannot take.
 
     Example:
         >>> import torch
@@ -92,39 +83,33 @@ class Distiller(FrozenTeacher):
         self,
         student: nn.Module,
         teacher: nn.Module,
-        taps: Sequence[Tap],
+        taps: Tap | Sequence[Tap],
         *,
-        example_inputs: Sequence[Any] | None = None,
+        example_inputs: Any = None,
+        teacher_inputs: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(teacher)
-        if not taps:
-            raise ValueError("taps: expected at least one Tap, got none")
-        labels = [tap.label for tap in taps]
+        self.student = student
+        self.taps = _checked_taps(taps)
+        self.teacher_inputs = teacher_inputs
+        self._pairs = [_resolved(tap, student, teacher) for tap in self.taps]
+        labels = [pair.label for pair in self._pairs]
         if len(set(labels)) != len(labels):
             raise ValueError(f"taps: expected different names, got {', '.join(labels)}; set Tap(name=...)")
-        self.student = student
-        self.taps = list(taps)
-        self.losses = nn.ModuleList(tap.loss for tap in taps if isinstance(tap.loss, nn.Module))
-        self.aligns = nn.ModuleList(_given_align(tap) for tap in taps)
+        self.losses = nn.ModuleList(tap.loss for tap in self.taps if isinstance(tap.loss, nn.Module))
+        self.aligns = nn.ModuleList(_given_align(tap) for tap in self.taps)
         self.raw_losses: dict[str, Tensor] = {}
-        self._built = all(tap.align != "auto" for tap in taps)
-        self._captured: dict[str, list[Any]] | None = None
-        self._handles: list[Any] | None = []
-        for role, model in (("student", student), ("teacher", teacher)):
-            for name in dict.fromkeys(getattr(tap, role) for tap in taps):
-                layer = find_layer(model, name, role)
-                self._handles.append(layer.register_forward_hook(self._recorder(f"{role} {name}")))
+        self._built = not any(tap.builds_align for tap in self.taps)
+        self._removed = False
+        self._refuse_wrapped_student()
         teacher.eval()
+        student_names = [name for pair in self._pairs for name in pair.student.names]
+        teacher_names = [name for pair in self._pairs for name in pair.teacher.names]
+        self._student_recorder = Recorder(student, "student", student_names)
+        self._teacher_recorder = Recorder(teacher, "teacher", teacher_names)
         if example_inputs is not None:
-            self.build(*example_inputs)
-
-    def _recorder(self, key: str) -> Callable[[nn.Module, Any, Any], None]:
-        def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            # Only while a call is under way: activation checkpoints run layers again in the backward.
-            if self._captured is not None:
-                self._captured.setdefault(key, []).append(output)
-
-        return record
+            args, kwargs = as_call(example_inputs)
+            self.build(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Distiller:
         """Sets the mode of student and losses; the teacher stays in eval mode."""
@@ -134,15 +119,23 @@ class Distiller(FrozenTeacher):
 
     @torch.no_grad()
     def build(self, *args: Any, **kwargs: Any) -> None:
-        """Runs both models once, in eval mode and without gradients, and builds the aligns that are due."""
+        """Runs both models once, in eval mode and without gradients, and builds the aligns that are due.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as a call would, for features that do not fit each other or the loss.
+        """
         modes = [(module, module.training) for module in self.student.modules()]
         self.student.eval()
         try:
-            _, captured = self._run(args, kwargs)
+            _, call = self._run(args, kwargs, learn=True)
         finally:
             for module, mode in modes:
                 module.training = mode
-        self._build(captured)
+        self._build(call)
+        for i, tap in enumerate(self.taps):
+            student, teacher, single = self._fitted(i, call)
+            with torch.enable_grad(), _without_traces(tap.loss, teacher[0].device) as loss:
+                self._loss(i, loss, [s.detach().requires_grad_() for s in student], teacher, single)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What the optimizer needs: the parameters of student, aligns and losses that require gradients.
@@ -165,96 +158,113 @@ class Distiller(FrozenTeacher):
             lie, detached, in ``raw_losses`` afterwards.
 
         Raises:
-            RuntimeError: a layer did not run, or the hooks have been removed.
+            RuntimeError: a layer did not run, its output was changed in place as in no call before, or the distiller
+                has let go of its models.
             ValueError: features that do not fit: level counts, channels or sizes, with both shapes.
-            TypeError: a layer that puts out no tensors.
+            TypeError: a layer that puts out no features.
         """
-        output, captured = self._run(args, kwargs)
+        output, call = self._run(args, kwargs)
         if not self._built:
-            self._build_late(captured)
+            self._build_late(call)
         losses: dict[str, Tensor] = {}
         raw: dict[str, Tensor] = {}
-        for i, tap in enumerate(self.taps):
-            student, teacher, single = self._features(tap, captured)
-            student = [self._fit(i, level, s, t) for level, (s, t) in enumerate(zip(student, teacher, strict=True))]
-            value = tap.loss(student[0], teacher[0]) if single else tap.loss(student, teacher)
-            raw[tap.label] = value.detach()
-            losses[tap.label] = value * tap.weight
+        for i, (tap, pair) in enumerate(zip(self.taps, self._pairs, strict=True)):
+            value = self._loss(i, tap.loss, *self._fitted(i, call))
+            raw[pair.label] = value.detach()
+            losses[pair.label] = value * tap.weight
         self.raw_losses = raw
         return output, losses
 
-    def _run(self, args: Any, kwargs: Any) -> tuple[Any, dict[str, list[Any]]]:
-        if self._handles is None:
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], learn: bool = False) -> tuple[Any, _Call]:
+        if self._removed:
             raise RuntimeError("the distiller's hooks have been removed; make a new Distiller")
         self.teacher.eval()
-        captured: dict[str, list[Any]] = {}
-        self._captured = captured
-        try:
-            with torch.no_grad():
-                self.teacher(*args, **kwargs)
-            output = self.student(*args, **kwargs)
-        finally:
-            self._captured = None
-        return output, captured
+        own = (args, kwargs) if self.teacher_inputs is None else as_call(self.teacher_inputs(*args, **kwargs))
+        teacher_args, teacher_kwargs = cast_to(self.teacher, own)
+        with torch.no_grad():
+            _, teacher = self._teacher_recorder.run(self.teacher, teacher_args, teacher_kwargs, learn)
+        output, student = self._student_recorder.run(self.student, args, kwargs, learn)
+        return output, _Call(student, teacher, image_size((args, kwargs)), image_size((teacher_args, teacher_kwargs)))
 
-    def _features(self, tap: Tap, captured: dict[str, list[Any]]) -> tuple[list[Tensor], list[Tensor], bool]:
-        sides = []
-        for role, name in (("student", tap.student), ("teacher", tap.teacher)):
-            runs = captured.get(f"{role} {name}")
-            if not runs:
-                raise RuntimeError(
-                    f"{role}: the layer {name!r} did not run in this forward (or a compiled model had run before the "
-                    "Distiller was made: make it first)"
-                )
-            output = runs[0] if len(runs) == 1 else runs
-            levels, keys = as_levels(output, f"{role} {name!r}")
-            if tap.channel_dim == -1:
-                levels = [level.movedim(-1, 1) for level in levels]
-            sides.append((levels, keys, isinstance(output, Tensor), isinstance(output, dict)))
-        (student, student_keys, single, student_dict), (teacher, teacher_keys, other_single, teacher_dict) = sides
-        if len(student) != len(teacher):
+    def _features(self, tap_index: int, call: _Call) -> tuple[list[Tensor], list[Tensor], bool]:
+        """Both sides' levels, not yet aligned, and whether they are tensors rather than lists."""
+        label, student_layer, teacher_layer = self._pairs[tap_index]
+        student = student_layer.features(call.student, call.student_size, "student")
+        teacher = teacher_layer.features(call.teacher, call.teacher_size, "teacher")
+        if len(student.levels) != len(teacher.levels):
             raise ValueError(
-                f"{tap.label}: expected as many levels from the student as from the teacher, "
-                f"got {len(student)} and {len(teacher)}"
+                f"{label}: expected as many levels from the student as from the teacher, got {len(student.levels)} "
+                f"and {len(teacher.levels)}: {_shapes(student.levels)} and {_shapes(teacher.levels)}; "
+                "Tap(levels=...) chooses"
             )
-        if student_dict and teacher_dict and student_keys != teacher_keys:
+        if student.keys and teacher.keys and student.keys != teacher.keys:
             raise ValueError(
-                f"{tap.label}: expected the same keys from student and teacher, "
-                f"got {', '.join(student_keys)} and {', '.join(teacher_keys)}"
+                f"{label}: expected the same keys from student and teacher, got {', '.join(student.keys)} and "
+                f"{', '.join(teacher.keys)}; Tap(levels=...) chooses"
             )
-        return student, teacher, single and other_single
+        return student.levels, teacher.levels, student.single and teacher.single
+
+    def _fitted(self, tap_index: int, call: _Call) -> tuple[list[Tensor], list[Tensor], bool]:
+        """Both sides' levels as the loss gets them."""
+        student, teacher, single = self._features(tap_index, call)
+        aligns = self.aligns[tap_index]
+        assert isinstance(aligns, nn.ModuleList)
+        if len(aligns) not in (0, len(student)):
+            label = self._pairs[tap_index].label
+            raise ValueError(f"{label}: expected {len(student)} align module(s), one per level, got {len(aligns)}")
+        pairs = enumerate(zip(student, teacher, strict=True))
+        return [self._fit(tap_index, level, s, t) for level, (s, t) in pairs], teacher, single
 
     def _fit(self, tap_index: int, level: int, student: Tensor, teacher: Tensor) -> Tensor:
-        tap, aligns = self.taps[tap_index], self.aligns[tap_index]
-        shapes = f"{list(student.shape)} and {list(teacher.shape)}"
-        label = f"{tap.label}[{level}]"
-        if student.dim() != teacher.dim() or student.dim() < 3:
-            raise ValueError(f"{label}: expected features [N, C, *spatial] of as many axes, got {shapes}")
-        assert isinstance(aligns, nn.ModuleList)
-        if len(aligns):
-            if level >= len(aligns):
-                raise ValueError(f"{label}: expected {len(aligns)} level(s), one per align module, got more")
-            student = aligns[level](student)
-        if student.shape[1] != teacher.shape[1]:
+        tap, pair, aligns = self.taps[tap_index], self._pairs[tap_index], self.aligns[tap_index]
+        label = f"{pair.label}[{level}]"
+        if student.dim() != teacher.dim():
+            hint = "; a grid makes maps of token sequences" if 3 in (student.dim(), teacher.dim()) else ""
+            shapes = f"{kind(student)} and {kind(teacher)}"
+            raise ValueError(f"{label}: expected features [N, C, *spatial] of as many axes, got {shapes}{hint}")
+        before = student
+        if len(aligns):  # type: ignore[arg-type]
+            student = aligns[level](student)  # type: ignore[index]
+        shapes = f"{kind(student)} and {kind(teacher)}"
+        if student is not before:
+            shapes += f" ({kind(before)} before align)"
+        by_loss = tap.align is None or (tap.align == "auto" and not tap.builds_align)
+        if student.shape[1] != teacher.shape[1] and not by_loss:
             raise ValueError(f"{label}: expected the teacher's channels after align, got {shapes}")
-        if student.shape[2:] != teacher.shape[2:]:
-            if not tap.resize:
-                raise ValueError(
-                    f"{label}: expected features of one size, got {shapes}; Tap(resize=True) interpolates the student's"
-                )
-            mode = _INTERPOLATION[student.dim()]
-            student = F.interpolate(student, size=teacher.shape[2:], mode=mode, align_corners=False)
-        return student
+        if student.shape[2:] == teacher.shape[2:]:
+            return student
+        if student.dim() == 3 and -1 in (pair.student.channel_dim, pair.teacher.channel_dim):
+            raise ValueError(
+                f"{label}: expected token sequences of one length, got {shapes}; Tap(grid=..., prefix_tokens=...) "
+                "makes maps of them, which Tap(resize=True) can interpolate"
+            )
+        if not tap.resize:
+            raise ValueError(
+                f"{label}: expected features of one size, got {shapes}; Tap(resize=True) interpolates the student's"
+            )
+        return F.interpolate(student, size=teacher.shape[2:], mode=_INTERPOLATION[student.dim()], align_corners=False)
 
-    def _build(self, captured: dict[str, list[Any]]) -> list[str]:
+    def _loss(
+        self, tap_index: int, loss: Callable[..., Tensor], student: list[Tensor], teacher: list[Tensor], single: bool
+    ) -> Tensor:
+        """The loss's value; its complaints get the tap's name and both shapes."""
+        try:
+            return loss(student[0], teacher[0]) if single else loss(student, teacher)
+        except (ValueError, TypeError, RuntimeError) as error:
+            if type(error) not in (ValueError, TypeError, RuntimeError):  # out of memory, for one
+                raise
+            shapes = f"{_shapes(student)} and {_shapes(teacher)}"
+            raise type(error)(f"{self._pairs[tap_index].label}: the loss cannot take {shapes}: {error}") from error
+
+    def _build(self, call: _Call) -> list[str]:
         """Builds the aligns of all ``auto`` taps; names those that were due."""
         if self._built:
             return []
         built = []
         for i, tap in enumerate(self.taps):
-            if tap.align != "auto":
+            if not tap.builds_align:
                 continue
-            student, teacher, _ = self._features(tap, captured)
+            student, teacher, _ = self._features(i, call)
             convolutions = nn.ModuleList()
             for s, t in zip(student, teacher, strict=True):
                 if s.shape[1] == t.shape[1] or s.dim() != t.dim() or s.dim() not in _CONVOLUTIONS:
@@ -263,13 +273,14 @@ class Distiller(FrozenTeacher):
                 dtype = next((p.dtype for p in self.student.parameters() if p.is_floating_point()), s.dtype)
                 convolution = _CONVOLUTIONS[s.dim()](s.shape[1], t.shape[1], kernel_size=1)
                 convolutions.append(convolution.to(device=s.device, dtype=dtype))
-                built.append(f"{tap.label} {s.shape[1]} to {t.shape[1]} channels")
+                built.append(f"{self._pairs[i].label} {s.shape[1]} to {t.shape[1]} channels")
             self.aligns[i] = convolutions
         self._built = True
+        self._refuse_wrapped_student()
         return built
 
-    def _build_late(self, captured: dict[str, list[Any]]) -> None:
-        built = self._build(captured)
+    def _build_late(self, call: _Call) -> None:
+        built = self._build(call)
         if not built:
             return
         what = f"aligns were built in the first call ({'; '.join(built)})"
@@ -280,11 +291,46 @@ class Distiller(FrozenTeacher):
             stacklevel=3,
         )
 
+    def _refuse_wrapped_student(self) -> None:
+        parameters = [*self.aligns.parameters(), *self.losses.parameters()]
+        wrapped = isinstance(self.student, nn.parallel.DistributedDataParallel)
+        if wrapped and any(p.requires_grad for p in parameters):
+            raise ValueError(
+                "student: a DistributedDataParallel does not synchronise the parameters of aligns and losses; wrap the "
+                "distiller instead: DistributedDataParallel(Distiller(student, ...))"
+            )
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if not self._built and any(key.startswith(f"{prefix}aligns.") for key in state_dict):
+            raise RuntimeError(
+                "load_state_dict: the aligns are not built yet; give Distiller example_inputs, or call "
+                "distiller.build(input) first"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def remove(self) -> None:
-        """Removes the hooks from both models; the distiller cannot be called any more."""
-        for handle in self._handles or []:
-            handle.remove()
-        self._handles = None
+        """Lets go of both models, compiled ones included; the distiller cannot be called any more."""
+        self._student_recorder.remove()
+        self._teacher_recorder.remove()
+        self._removed = True
+
+
+def _checked_taps(taps: Any) -> list[Tap]:
+    found = [taps] if isinstance(taps, Tap) else list(taps) if isinstance(taps, Iterable) else taps
+    if not isinstance(found, list):
+        raise TypeError(f"taps: expected a Tap or several, got {type(taps).__name__}")
+    for i, tap in enumerate(found):
+        if not isinstance(tap, Tap):
+            raise TypeError(f"taps[{i}]: expected a Tap(student, teacher, loss), got {type(tap).__name__}")
+    if not found:
+        raise ValueError("taps: expected at least one Tap, got none")
+    return found
+
+
+def _resolved(tap: Tap, student: nn.Module, teacher: nn.Module) -> _Pair:
+    layer = tap.side(tap.student).resolved(student, "student")
+    label = tap.name or ", ".join(layer.names) or "output"
+    return _Pair(label, layer, tap.side(tap.teacher).resolved(teacher, "teacher"))
 
 
 def _given_align(tap: Tap) -> nn.ModuleList:
@@ -293,3 +339,14 @@ def _given_align(tap: Tap) -> nn.ModuleList:
     if tap.align is None or isinstance(tap.align, str):
         return nn.ModuleList()
     return nn.ModuleList(tap.align)
+
+
+def _shapes(levels: Sequence[Tensor]) -> str:
+    return ", ".join(kind(x) for x in levels)
+
+
+@contextmanager
+def _without_traces(loss: Callable[..., Tensor], device: torch.device) -> Iterator[Callable[..., Tensor]]:
+    """A copy of the loss to try it with: neither its buffers nor random numbers will be others afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
+        yield copy.deepcopy(loss)

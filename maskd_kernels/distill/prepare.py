@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from maskd_kernels.distill.distiller import Tap
-from maskd_kernels.distill.features import as_levels, find_layer, unwrap
+from maskd_kernels.distill.features import layer_name, tensors_in, unwrap
+from maskd_kernels.distill.recording import Recorder
+from maskd_kernels.distill.taps import Tap
+from maskd_kernels.distill.teacher import as_call
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
@@ -52,7 +54,7 @@ def prepare_teacher(
     fold_batch_norm: bool = True,
     compile: bool = False,
     taps: Sequence[Tap | str] = (),
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: Any = None,
 ) -> Any:
     """A copy of the teacher that computes the same features for less; the teacher itself stays as it is.
 
@@ -76,8 +78,8 @@ def prepare_teacher(
             folded only if the model can be traced as a whole.
         taps: the layers whose features are read, by name or as the ``Tap``s of ``Distiller``. Their outputs
             stay what they are: a convolution that is tapped is not folded into.
-        example_inputs: arguments for one forward; with them the fold is checked at once, and the error of each tap
-            measured.
+        example_inputs: for one forward, as ``Distiller`` takes them; with them the fold is checked at once, and the
+            error of each tap measured.
 
     Returns:
         The copy, in eval mode, without gradients of parameters. Running it in training mode raises a
@@ -103,7 +105,8 @@ def prepare_teacher(
         raise TypeError(f"teacher: expected a module, got {type(teacher).__name__}")
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype: expected None or one of {', '.join(map(str, _DTYPES))}, got {dtype}")
-    names = list(dict.fromkeys(tap.teacher if isinstance(tap, Tap) else tap for tap in taps))
+    tapped = [tap.side(tap.teacher).resolved(teacher, "taps").names if isinstance(tap, Tap) else [tap] for tap in taps]
+    names = list(dict.fromkeys(layer_name(teacher, name, "taps") for found in tapped for name in found))
     model = copy.deepcopy(unwrap(teacher)).eval().requires_grad_(False)
     before = _features(model, names, example_inputs)
 
@@ -263,7 +266,7 @@ def _fold(model: nn.Module, taps: list[str], report: Preparation, whole: bool) -
                 model.set_submodule(other, identity)
         report.folded[name] = convolution
         for shown in {shown for call in traces.calls[convolution] for shown in traces.shown[call]}:
-            layers[shown].folded_batch_norm = name  # find_layer refuses to tap it
+            layers[shown].folded_batch_norm = name  # layer_name refuses to tap it
         piece = traces.piece[convolution]
         if piece not in checks:
             checks[piece] = _Check(layers[piece], whole=not piece)
@@ -441,24 +444,13 @@ def _lay_channels_last(model: nn.Module) -> None:
 # How far the features are off
 
 
-def _features(model: nn.Module, names: list[str], inputs: Sequence[Any] | None) -> dict[str, list[Tensor]]:
+def _features(model: nn.Module, names: list[str], inputs: Any) -> dict[str, list[Tensor]]:
     """The named layers' features in one forward: of each layer its levels, run after run. None without inputs."""
-    layers = {name: find_layer(model, name, "taps") for name in names}
     if inputs is None:
         return {}
-
-    def record(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        # What follows may work in place.
-        features[name] += [level.clone() for level in as_levels(output, f"taps {name!r}")[0]]
-
-    features: dict[str, list[Tensor]] = {name: [] for name in names}
-    handles = [layer.register_forward_hook(functools.partial(record, name)) for name, layer in layers.items()]
-    try:
-        with torch.no_grad():
-            model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad():
+        _, records = Recorder(model, "taps", names).run(model, *as_call(inputs))
+    features = {name: [x for run in records.get(name, []) for x in tensors_in(run)] for name in names}
     for name, levels in features.items():
         if not levels:
             raise RuntimeError(f"taps: the layer {name!r} did not run with these example_inputs")

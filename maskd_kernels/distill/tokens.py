@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from maskd_kernels.distill.features import FrozenTeacher, as_levels, find_layer, map_levels
+from maskd_kernels.distill.features import map_tensors, tensors_in, unwrap
+from maskd_kernels.distill.taps import Key, Layer, LayerName, Size, image_size
+from maskd_kernels.distill.teacher import FrozenTeacher, cast_to
 from maskd_kernels.losses.checkpoints import Source, load_tokens
 from maskd_kernels.losses.maskd import MaskModule
 
@@ -25,12 +29,18 @@ class TokenTrainer(FrozenTeacher):
     Args:
         teacher: a trained model.
         layer: the layer whose output is masked, as ``named_modules`` spells it (``"neck"``, ``"backbone.fpn"``, or
-            ``"classifier"`` for tokens on a segmentation model's logits). Tensor, list, tuple or dict.
+            ``"classifier"`` for tokens on a segmentation model's logits), the layer itself, a list of them (one
+            pyramid), or a ``Layer`` with options of its own.
         channels: channels of each level; one number for a tensor.
         num_tokens: receptive tokens per level.
         weight_mask: whether the masks are weighted per image (detection; the authors do not for segmentation).
         teacher_training: whether the teacher runs in training mode, which some detectors need to return their losses;
             its batch norm and dropout layers stay in eval mode all the same.
+        levels: see ``Layer``, like the options after it: which of the output's features are masked.
+        select: the same by a function, which must return tensors of the output, as they are.
+        channel_dim: 1, or -1 for ``[N, *spatial, C]`` (token sequences).
+        prefix_tokens: tokens at a sequence's start that are not masked.
+        grid: (H, W) of token sequences, which ``weight_mask`` needs, or ``"input"``.
 
     Raises:
         ValueError: no layer of that name (the message lists near ones), numbers out of range.
@@ -49,25 +59,31 @@ class TokenTrainer(FrozenTeacher):
     def __init__(
         self,
         teacher: nn.Module,
-        layer: str,
+        layer: LayerName | Sequence[LayerName] | Layer,
         channels: int | Sequence[int],
         *,
         num_tokens: int = 6,
         weight_mask: bool = True,
         teacher_training: bool = False,
+        levels: Key | Sequence[Key] | None = None,
+        select: Callable[[Any], Any] | None = None,
+        channel_dim: int = 1,
+        prefix_tokens: int = 0,
+        grid: Size | Sequence[Size] | str | None = None,
     ) -> None:
         super().__init__(teacher)
-        levels = [channels] if isinstance(channels, int) else list(channels)
-        if not levels:
+        widths = [channels] if isinstance(channels, int) else list(channels)
+        if not widths:
             raise ValueError("channels: expected at least one level, got an empty list")
-        self.layer = layer
+        if not isinstance(layer, Layer):
+            layer = Layer(layer, levels, select, channel_dim, prefix_tokens, grid)
+        self.layer = layer.resolved(teacher, "layer")
         self.teacher_training = teacher_training
-        self.mask_modules = nn.ModuleList(MaskModule(c, num_tokens, weight_mask) for c in levels)
-        self._dice: list[Tensor] | None = None
+        self.mask_modules = nn.ModuleList(MaskModule(c, num_tokens, weight_mask) for c in widths)
+        self._removed = False
         self._required = [p for p in teacher.parameters() if p.requires_grad]
         for parameter in self._required:
             parameter.requires_grad_(False)
-        self._handle: Any = find_layer(teacher, layer, "layer").register_forward_hook(self._mask)
         self._set_teacher_mode()
 
     def _set_teacher_mode(self) -> None:
@@ -76,23 +92,25 @@ class TokenTrainer(FrozenTeacher):
             if isinstance(module, _KEPT_IN_EVAL):
                 module.eval()
 
-    def _mask(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
-        if self._dice is None:  # the teacher was called by somebody else
-            return None
-        levels, _ = as_levels(output, f"layer {self.layer!r}")
-        if len(levels) != len(self.mask_modules):
+    def _mask(self, number: int, output: Any, dice: list[Tensor], size: Size | None) -> Any:
+        """What stands for the output of one of the layers: its features masked."""
+        name, names, count = self.layer.names[number], self.layer.names, len(self.mask_modules)
+        layer, where = dataclasses.replace(self.layer, name=name), f"layer {name!r}"
+        picked = layer.pick({name: [output]}, "layer")
+        levels = [picked] if isinstance(picked, Tensor) else list(picked.values())
+        if len(levels) * len(names) != count:
             raise ValueError(
-                f"channels: expected one per level that {self.layer!r} puts out, {len(levels)}, "
-                f"got {len(self.mask_modules)}"
+                f"channels: expected one per level that {', '.join(names)!r} puts out, {len(levels) * len(names)}, "
+                f"got {count}"
             )
-        dice = self._dice
-
-        def mask(level: int, x: Tensor) -> Tensor:
-            masked, overlap = self.mask_modules[level](x)
+        masked: dict[int, Tensor] = {}
+        for i, x in enumerate(levels, number * len(levels)):
+            result, overlap = self.mask_modules[i](layer.to_map(x, i, count, size, where))
+            masked[id(x)] = layer.from_map(result, x)
             dice.append(overlap)
-            return masked
-
-        return map_levels(output, mask, f"layer {self.layer!r}")
+        if not masked.keys() <= {id(x) for x in tensors_in(output)}:
+            raise ValueError(f"{where}: select: expected tensors of the output, as they are, got others made from them")
+        return map_tensors(output, lambda x: masked.get(id(x), x))
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
         """The teacher's output under the masks, and the sum of the levels' Dice coefficients.
@@ -100,21 +118,32 @@ class TokenTrainer(FrozenTeacher):
         Minimise the task loss of that output plus the Dice coefficient.
 
         Raises:
-            RuntimeError: the layer did not run, or the hook has been removed.
+            RuntimeError: the layer did not run, or the trainer has let go of its teacher.
             ValueError: another number of levels or channels than announced.
             TypeError: a layer that puts out no tensors.
         """
-        if self._handle is None:
+        if self._removed:
             raise RuntimeError("the trainer's hook has been removed; make a new TokenTrainer")
         self._set_teacher_mode()
+        args, kwargs = cast_to(self.teacher, (args, kwargs))
+        size, ran = image_size((args, kwargs)), set()
         dice: list[Tensor] = []
-        self._dice = dice
-        try:
+
+        def hook(number: int) -> Callable[..., Any]:
+            def mask(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+                ran.add(number)
+                return self._mask(number, output, dice, size)
+
+            return mask
+
+        # In the teacher only while it runs: at any other time it can be copied, pickled and called by others.
+        with contextlib.ExitStack() as hooks:
+            for number, name in enumerate(self.layer.names):
+                hooks.enter_context(unwrap(self.teacher).get_submodule(name).register_forward_hook(hook(number)))
             output = self.teacher(*args, **kwargs)
-        finally:
-            self._dice = None
-        if not dice:
-            raise RuntimeError(f"layer: {self.layer!r} did not run in this forward")
+        for number, name in enumerate(self.layer.names):
+            if number not in ran:
+                raise RuntimeError(f"layer: {name!r} did not run in this forward")
         return output, torch.stack(dice).sum()
 
     def train(self, mode: bool = True) -> TokenTrainer:
@@ -141,9 +170,8 @@ class TokenTrainer(FrozenTeacher):
         load_tokens(self, source, attribute="mask_modules")
 
     def remove(self) -> None:
-        """Removes the hook and gives the teacher's parameters their gradients back."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        """Lets go of the teacher and gives the teacher's parameters their gradients back."""
+        if not self._removed:
+            self._removed = True
             for parameter in self._required:
                 parameter.requires_grad_(True)

@@ -72,7 +72,8 @@ class GenerativeLoss(nn.Module):
             for x, c, name in ((s, channels[0], "preds_S"), (t, channels[1], "preds_T")):
                 if x.dim() != 4 or x.shape[1] != c:
                     label = level_name(name, i, len(student))
-                    raise ValueError(f"{label}: expected [N, {c}, H, W], got {shape_of(x)}")
+                    hint = "; token sequences take Tap(grid=...)" if x.dim() == 3 else ""
+                    raise ValueError(f"{label}: expected [N, {c}, H, W], got {shape_of(x)}{hint}")
             if s.shape[0] != t.shape[0] or s.shape[2:] != t.shape[2:]:
                 label, other = level_name("preds_S", i, len(student)), level_name("preds_T", i, len(student))
                 raise ValueError(
