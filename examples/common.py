@@ -89,6 +89,15 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
+def gathered(values: list[Any]) -> list[Any]:
+    """The values of all processes, one process after the other."""
+    if world_size() == 1:
+        return values
+    shares: list[Any] = [None] * world_size()
+    dist.all_gather_object(shares, values)
+    return [value for share in shares for value in share]
+
+
 class EpochSampler(Sampler[tuple[int, float]]):
     """Indices of this process, each with a number in 0..1 that decides the picture's augmentation.
 

@@ -277,15 +277,17 @@ def mean_average_precision(
     """
     from torchmetrics.detection import MeanAveragePrecision
 
-    metric = MeanAveragePrecision(backend="pycocotools")
+    pairs: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
     model.eval()
     mine = range(common.rank(), len(data), common.world_size())
     for images, targets in DataLoader(data, batch, sampler=list(mine), collate_fn=collate):
         found = model([image.to(device) for image in images])
-        metric.update(
-            [{k: v.cpu() * (scale if k == "boxes" else 1) for k, v in f.items()} for f in found],
-            [{**t, "boxes": t["boxes"] * scale} for t in targets],
-        )
+        pairs += zip([{k: v.cpu() for k, v in f.items()} for f in found], targets, strict=True)
+    # Gathered here: torchmetrics gathers tensor by tensor, and fails where processes have unequal shares.
+    metric = MeanAveragePrecision(backend="pycocotools", sync_on_compute=False)
+    metric.warn_on_many_detections = False
+    for f, t in common.gathered(pairs):
+        metric.update([{**f, "boxes": f["boxes"] * scale}], [{**t, "boxes": t["boxes"] * scale}])
     names = {"map": "mAP", "map_50": "mAP50", "map_75": "mAP75"}
     names |= {f"map_{size}": f"mAP {size}" for size in ("small", "medium", "large")}
     values = metric.compute()

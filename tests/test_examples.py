@@ -42,7 +42,7 @@ SHAPE = [
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return generated.write_digits(tmp_path_factory.mktemp("data") / "digits", {"train": 6, "val": 2})
+    return generated.write_digits(tmp_path_factory.mktemp("data") / "digits", {"train": 6, "val": 3})
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +269,12 @@ def test_every_detector_is_distilled(detector: str, voc: Path, weights: Path, tm
     assert moved > 0
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def _two(number: int, port: int, runs: list[list[str]]) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(number), WORLD_SIZE="2")
     torch.set_num_threads(1)
@@ -291,16 +297,57 @@ def test_two_processes_learn_what_one_does(voc: Path, trained: Path, weights: Pa
 
     for arguments in runs("one"):
         detection.main(arguments)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(_two, (port, runs("two")), nprocs=2)
+    multiprocessing.spawn(_two, (free_port(), runs("two")), nprocs=2)
     for name in ("tokens", "maskd"):
         one, two = (torch.load(tmp_path / f / name / "last.pth", weights_only=True) for f in ("one", "two"))
         for key, value in one["model"].items():
             torch.testing.assert_close(two["model"][key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: key + m)
         if name == "maskd":
             assert all(torch.equal(two["module"][k], v) for k, v in one["module"].items() if k.endswith("_iter"))
+
+
+class Oracle(torch.nn.Module):
+    """Finds what is on a picture, but on the last two loses the first digit and shifts the others."""
+
+    def __init__(self, data: detection_data.Boxes) -> None:
+        super().__init__()
+        self.known = [data[i] for i in range(len(data))]
+
+    def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        found = []
+        for image in images:
+            (i,) = (i for i, (other, _) in enumerate(self.known) if torch.equal(image, other))
+            boxes, labels = (self.known[i][1][key] for key in ("boxes", "labels"))
+            if i > 0:
+                boxes, labels = boxes[1:] + 1.5, labels[1:]
+            found.append({"boxes": boxes, "labels": labels, "scores": torch.linspace(0.9, 0.5, len(boxes))})
+        return found
+
+
+def _measure(data: detection_data.Boxes) -> dict[str, float]:
+    return detection.mean_average_precision(Oracle(data), data, torch.device("cpu"), batch=1)
+
+
+def _measure_two(number: int, port: int, data: detection_data.Boxes, path: Path) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(number), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    common.start("cpu")
+    result = _measure(data)
+    if number == 0:
+        path.write_text(json.dumps(result))
+    common.stop()
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(voc: Path, tmp_path: Path) -> None:
+    """Of three pictures, one process has two."""
+    for package in ("torchmetrics", "pycocotools"):
+        pytest.importorskip(package, reason='mAP needs pip install "maskd-kernels[examples]"')
+    data = detection_data.Boxes(voc, "val")
+    one = _measure(data)
+    assert 5 < one["mAP"] < one["mAP50"] < 95
+    multiprocessing.spawn(_measure_two, (free_port(), data, tmp_path / "two.json"), nprocs=2)
+    assert json.loads((tmp_path / "two.json").read_text()) == pytest.approx(one)
 
 
 def test_study_chooses_inside_of_what_it_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
