@@ -44,13 +44,17 @@ SANITIZED_TESTS = tests/test_fuzz.py tests/test_receptive_stats.py tests/test_ma
 	tests/test_masked_conv.py tests/test_bindings.py
 
 sanitize: $(INSTALLED)
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DMASKD_SANITIZE=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SANITIZED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pybind11 cmake ninja
+	cmake=$(abspath $(BIN))/cmake; export PATH="$(abspath $(BIN)):$$PATH"; \
+	$$cmake -S . -B $(SANITIZED) -G Ninja -DMASKD_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python && \
+	$$cmake --build $(SANITIZED)
 	rm -rf $(SANITIZED)/maskd_kernels && cp -r maskd_kernels $(SANITIZED)/ && rm -f $(SANITIZED)/maskd_kernels/*.so
 	cp $(SANITIZED)/_native*.so $(SANITIZED)/maskd_kernels/
-	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-		$(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -k "not triton" $(addprefix $(CURDIR)/,$(SANITIZED_TESTS))
+	cd $(SANITIZED) && export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" && \
+	$(abspath $(BIN))/python -c 'import sys, pytest; from maskd_kernels import native; \
+		assert native.module().__file__.startswith("$(abspath $(SANITIZED))/"); sys.exit(pytest.main(sys.argv[1:]))' \
+		-p no:cacheprovider -k "not triton" $(abspath $(SANITIZED_TESTS))
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench --json bench/results
