@@ -133,6 +133,7 @@ def run(out: Path, settings: Settings | None = None) -> dict[str, Any]:
             f"Mean and standard deviation over {len(settings.seeds)} seeds; students start with the teacher's head.",
             f"Loss weights chosen on validation scenes from {', '.join(f'{w:g}' for w in settings.loss_weights)}, by "
             f"one run of {settings.trial_steps} steps each; final runs have {settings.student_steps}.",
+            "Nothing augments the scenes, so the teacher's features are computed once per scene, by a prepared copy.",
             f"The MasKD loss, forward and backward ({shapes}): {loss_ms['fused']:.2f} ms fused ({backend}), "
             f"{loss_ms['published']:.2f} ms as published: {loss_ms['published'] / loss_ms['fused']:.1f} times.",
         ]

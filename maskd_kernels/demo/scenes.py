@@ -21,7 +21,7 @@ def digit_splits() -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def compose_scenes(digits: tuple[Tensor, Tensor], count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """``count`` scenes ``[count, 3, size, size]`` and their labels ``[count, size, size]``."""
+    """``count`` scenes ``[count, 3, size, size]`` and their labels ``[count, size, size]``, uint8."""
     generator = torch.Generator().manual_seed(seed)
     pixels, classes = digits
 
@@ -31,8 +31,8 @@ def compose_scenes(digits: tuple[Tensor, Tensor], count: int, size: int, seed: i
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand(1, generator=generator))
 
-    scenes = torch.empty(count, 3, size, size)
-    labels = torch.zeros(count, size, size, dtype=torch.int64)
+    scenes = torch.empty(count, 3, size, size, memory_format=torch.channels_last)
+    labels = torch.zeros(count, size, size, dtype=torch.uint8)
     for scene, label in zip(scenes, labels, strict=True):
         coarse = torch.rand(1, 3, 5, 5, generator=generator) * uniform(0.1, 0.5)
         scene.copy_(F.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=True)[0])
@@ -51,4 +51,4 @@ def compose_scenes(digits: tuple[Tensor, Tensor], count: int, size: int, seed: i
                 region = label[top : top + height, left : left + width]
                 region[shape > 0.4] = classes[which] + 1
         scene += 0.05 * torch.randn(scene.shape, generator=generator)
-    return scenes - 0.5, labels
+    return scenes.sub_(0.5), labels

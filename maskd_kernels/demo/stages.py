@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maskd_kernels.demo.models import CHANNELS, PyramidSegmenter, build_student, build_teacher
+from maskd_kernels.demo.models import CHANNELS, PyramidSegmenter, Remembered, build_student, build_teacher
 from maskd_kernels.demo.scenes import compose_scenes, digit_splits
 from maskd_kernels.demo.training import Data, fit, mean_iou
 from maskd_kernels.distill import Distiller, Tap, TokenTrainer
@@ -31,10 +31,10 @@ class Settings:
     validation_scenes: int = 400
     test_scenes: int = 800
     batch: int = 16
-    teacher_steps: int = 1200
+    teacher_steps: int = 800
     token_steps: int = 150
-    student_steps: int = 350
-    trial_steps: int = 120  # of the students that choose a loss weight
+    student_steps: int = 300
+    trial_steps: int = 60  # of the students that choose a loss weight
     teacher_learning_rate: float = 3e-3
     student_learning_rate: float = 1e-2
     token_learning_rate: float = 1e-2
@@ -77,7 +77,8 @@ class Demo:
             "validation": settings.validation_scenes,
             "test": settings.test_scenes,
         }
-        self.data = {}
+        self.data: dict[str, Data] = {}
+        self.memory: Remembered | None = None
         for seed, (name, count) in enumerate(counts.items()):
             scenes, labels = compose_scenes(splits[name], count, settings.size, seed)
             scenes = scenes.to(device).to(memory_format=torch.channels_last)
@@ -108,7 +109,7 @@ class Demo:
             torch.manual_seed(0)
             model = self.ready(build_teacher())
 
-            def step(scenes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            def step(scenes: Tensor, labels: Tensor, _numbers: Tensor) -> tuple[Tensor, Tensor]:
                 model.train()
                 return F.cross_entropy(model(scenes), labels), torch.zeros((), device=self.device)
 
@@ -132,7 +133,7 @@ class Demo:
             torch.manual_seed(0)
             with trainer() as tokens:
 
-                def step(scenes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+                def step(scenes: Tensor, labels: Tensor, _numbers: Tensor) -> tuple[Tensor, Tensor]:
                     logits, dice = tokens(scenes)
                     return F.cross_entropy(logits, labels), dice
 
@@ -145,6 +146,12 @@ class Demo:
             tokens.mask_modules.load_state_dict(state)
             tokens.save(path)
         return path
+
+    def remembered(self, teacher: PyramidSegmenter) -> Remembered:
+        """The teacher's pyramids on the training scenes."""
+        if self.memory is None:
+            self.memory = Remembered(teacher, self.data["train"].scenes)
+        return self.memory
 
     def loss(self, method: str, steps: int) -> nn.Module:
         """A fresh distillation loss over the pyramid, for a training of this length."""
@@ -173,7 +180,7 @@ class Demo:
             assert isinstance(model, PyramidSegmenter)
             model.head.load_state_dict(teacher.head.state_dict())
 
-            def alone(scenes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            def alone(scenes: Tensor, labels: Tensor, _numbers: Tensor) -> tuple[Tensor, Tensor]:
                 model.train()
                 return F.cross_entropy(model(scenes), labels), torch.zeros((), device=self.device)
 
@@ -181,11 +188,14 @@ class Demo:
                 curve = fit(alone, list(model.parameters()), data, s.batch, steps, seed, name, s.student_learning_rate)
             else:
                 tap = Tap("fpn", "fpn", self.loss(method, steps), name=method, weight=weight)
+                remembered = self.remembered(teacher)
+                remembered.numbers = torch.zeros(1, dtype=torch.int64, device=self.device)
                 example = data.scenes[:1]
-                with Distiller(model, teacher, [tap], example_inputs=(example,)).to(self.device) as distiller:
+                with Distiller(model, remembered, [tap], example_inputs=(example,)).to(self.device) as distiller:
 
-                    def distilled(scenes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+                    def distilled(scenes: Tensor, labels: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
                         distiller.train()
+                        remembered.numbers = numbers
                         logits, losses = distiller(scenes)
                         return F.cross_entropy(logits, labels), losses[method]
 
