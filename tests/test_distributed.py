@@ -61,6 +61,15 @@ def fsdp(model: nn.Module) -> nn.Module:
     return model
 
 
+def student_sharded(model: Distiller) -> Distiller:
+    """What must be refused: each process would train its own aligns."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model.student, mesh=init_device_mesh("cpu", (2,)))
+    return model
+
+
 CASES = {"distiller, DDP": (distiller, ddp), "tokens, DDP": (trainer, ddp), "distiller, FSDP2": (distiller, fsdp)}
 
 
@@ -73,6 +82,8 @@ def share_of(rank: int) -> list[Tensor]:
         mean = loss.detach().clone()
         torch.distributed.all_reduce(mean)
         found += [mean / 2, *rest]
+    with pytest.raises(ValueError, match="shard the distiller too"):
+        trained(student_sharded(distiller()), IMAGES[:2])
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,10 +45,11 @@ class Distiller(FrozenTeacher):
     The student's output comes back untouched, beside a dict of named, weighted losses to add to the task loss. The
     teacher runs in eval mode and without gradients, whatever mode the distiller is in; it is moved with the distiller
     but is no part of its ``state_dict()`` and parameters. Works with models under ``torch.compile`` and under autocast.
-    For several processes wrap the distiller: ``DistributedDataParallel(Distiller(student, ...))``. It can be copied and
-    pickled, with copies of both models; the models themselves carry nothing of it between calls (under
-    ``torch.compile``: hooks, which copies of them lose). A tap gets what its layer put out, whatever in-place
-    operations follow. As a context manager it lets go of both models at the end.
+    For several processes wrap the distiller: ``DistributedDataParallel(Distiller(student, ...))``, or ``fully_shard``
+    the student's blocks, then the distiller. It can be copied and pickled, with copies of both models; the models
+    themselves carry nothing of it between calls (under ``torch.compile``: hooks, which copies of them lose). A tap gets
+    what its layer put out, whatever in-place operations follow. As a context manager it lets go of both models at the
+    end.
 
     Args:
         student: the model to train.
@@ -101,6 +103,7 @@ class Distiller(FrozenTeacher):
         self.raw_losses: dict[str, Tensor] = {}
         self._built = not any(tap.builds_align for tap in self.taps)
         self._removed = False
+        self._shards_checked = False
         self._refuse_wrapped_student()
         teacher.eval()
         student_names = [name for pair in self._pairs for name in pair.student.names]
@@ -160,9 +163,13 @@ class Distiller(FrozenTeacher):
         Raises:
             RuntimeError: a layer did not run, its output was changed in place as in no call before, or the distiller
                 has let go of its models.
-            ValueError: features that do not fit: level counts, channels or sizes, with both shapes.
+            ValueError: features that do not fit: level counts, channels or sizes, with both shapes; in the first call,
+                a student under ``fully_shard`` where aligns or losses have parameters to train and are not.
             TypeError: a layer that puts out no features.
         """
+        if not self._shards_checked:
+            self._refuse_sharded_student()
+            self._shards_checked = True
         output, call = self._run(args, kwargs)
         if not self._built:
             self._build_late(call)
@@ -298,6 +305,19 @@ class Distiller(FrozenTeacher):
             raise ValueError(
                 "student: a DistributedDataParallel does not synchronise the parameters of aligns and losses; wrap the "
                 "distiller instead: DistributedDataParallel(Distiller(student, ...))"
+            )
+
+    def _refuse_sharded_student(self) -> None:
+        # Whoever has sharded a model has imported this; nobody else need pay for it.
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        sharded: Any = getattr(fsdp, "FSDPModule", ())
+        if isinstance(self, sharded) or not any(isinstance(module, sharded) for module in self.student.modules()):
+            return
+        parameters = [*self.aligns.parameters(), *self.losses.parameters()]
+        if any(p.requires_grad and not hasattr(p, "full_tensor") for p in parameters):
+            raise ValueError(
+                "student: fully_shard does not synchronise the parameters of aligns and losses; shard the distiller "
+                "too: fully_shard(distiller)"
             )
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
