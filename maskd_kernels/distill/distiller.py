@@ -62,6 +62,12 @@ class Distiller(FrozenTeacher):
         teacher_inputs: called with the arguments of a call, returns the teacher's, as ``example_inputs``: another
             resolution, a batch's images alone, images without augmentation. None: the student's. Either way, floating
             inputs are cast to the dtype of a teacher in bfloat16 or float16.
+        teacher_output: whether the teacher runs whole, and its output is kept in ``distiller.teacher_output``. Off: its
+            forward ends as soon as every tapped layer has run, without heads and whatever else follows.
+
+    How often a layer of the teacher runs is learned in a first, whole forward for each form of inputs (batch size,
+    number of images, flags). The teacher runs whole where the end would cut off forward hooks of others, where a tapped
+    layer is inside ``torch.compile`` (a warning says so), and for good once a layer has run more or less often.
 
     Raises:
         ValueError: no layer of that name (the message lists near ones), two taps of one name, no taps; features that
@@ -89,11 +95,14 @@ class Distiller(FrozenTeacher):
         *,
         example_inputs: Any = None,
         teacher_inputs: Callable[..., Any] | None = None,
+        teacher_output: bool = False,
     ) -> None:
         super().__init__(teacher)
         self.student = student
         self.taps = _checked_taps(taps)
         self.teacher_inputs = teacher_inputs
+        self.teacher_output: Any = None
+        self._keeps_teacher_output = teacher_output
         self._pairs = [_resolved(tap, student, teacher) for tap in self.taps]
         labels = [pair.label for pair in self._pairs]
         if len(set(labels)) != len(labels):
@@ -189,8 +198,11 @@ class Distiller(FrozenTeacher):
         own = (args, kwargs) if self.teacher_inputs is None else as_call(self.teacher_inputs(*args, **kwargs))
         teacher_args, teacher_kwargs = cast_to(self.teacher, own)
         with torch.no_grad():
-            _, teacher = self._teacher_recorder.run(self.teacher, teacher_args, teacher_kwargs, learn)
-        output, student = self._student_recorder.run(self.student, args, kwargs, learn)
+            teacher_output, teacher = self._teacher_recorder.run(
+                self.teacher, teacher_args, teacher_kwargs, learn=learn, output=self._keeps_teacher_output
+            )
+        self.teacher_output = teacher_output if self._keeps_teacher_output else None
+        output, student = self._student_recorder.run(self.student, args, kwargs, learn=learn)
         return output, _Call(student, teacher, image_size((args, kwargs)), image_size((teacher_args, teacher_kwargs)))
 
     def _features(self, tap_index: int, call: _Call) -> tuple[list[Tensor], list[Tensor], bool]:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from maskd_kernels.distill.features import map_tensors, tensors_in, unwrap
+from maskd_kernels.distill.stopping import ForwardEnd, Plan, Watch, form
+
+_ENDED: Any = object()
+
+
+class _EndNotBorneError(Exception):
+    """A model failed because its forward was ended."""
 
 
 class _Kept(NamedTuple):
@@ -31,6 +39,9 @@ class Recorder:
     or not) runs eagerly and with copies, and shows by the tensors' versions which ones change; from then on these alone
     are copied, and a change of any other is an error.
 
+    Where the output is not wanted, the forward ends as soon as the layers have run. How often each does is learned, for
+    each form of inputs, in a forward that runs whole; where another one finds it otherwise, all later ones run whole.
+
     Args:
         model: what will run.
         role: what it is, for messages.
@@ -44,11 +55,18 @@ class Recorder:
         self._copied: set[tuple[str, int]] = set()  # layer, number of the tensor in its output
         self._learned: set[bool] = set()
         self._learning = False
+        self._plans: dict[tuple[bool, Hashable], Plan | None] = {}
+        self._plan: Plan | None = None  # of the forward under way
+        self._awaited: set[str] = set()
+        self._ended = False
+        self._whole = False  # for good
         self._handles: dict[str, Any] = {}
+        if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+            raise ValueError(f"{role}: DataParallel splits features over devices; use DistributedDataParallel")
         self._attach(model, [name for name in self.names if inside_compiled(model, name)])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": {}}
+        return {**self.__dict__, "_handles": {}, "_records": None}
 
     def _attach(self, model: nn.Module, names: Sequence[str]) -> None:
         for name in names:
@@ -56,41 +74,114 @@ class Recorder:
                 layer = unwrap(model).get_submodule(name)
                 self._handles[name] = layer.register_forward_hook(_Hook(self, name))
 
-    def remove(self, names: Sequence[str] | None = None) -> None:
-        """Takes hooks out of the model: all, or those of some layers."""
-        for name in list(self._handles) if names is None else names:
+    def _detach(self, model: nn.Module) -> None:
+        for name in [name for name in self._handles if not inside_compiled(model, name)]:
             self._handles.pop(name).remove()
 
+    def remove(self) -> None:
+        """Takes the hooks of compiled layers out of the model."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+
     def run(
-        self, model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], learn: bool = False
+        self,
+        model: nn.Module,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        *,
+        learn: bool = False,
+        output: bool = True,
     ) -> tuple[Any, dict[str, list[Any]]]:
         """The model's output, and what each layer put out, run by run.
+
+        Args:
+            model: the model.
+            args: its arguments.
+            kwargs: its keywords.
+            learn: learn anew how often layers run, and what is changed in place.
+            output: whether the output is wanted; else the forward may end early, and None stands for it.
 
         Raises:
             RuntimeError: an in-place operation changed a layer's output in this forward, and in none before.
         """
-        compiled = [name for name in self.names if inside_compiled(model, name)]
-        self._learning = learn or model.training not in self._learned
-        self._records = {}
-        self._attach(model, self.names)
+        learn = learn or model.training not in self._learned
+        key = (model.training, form((args, kwargs)))
+        ends = not output and not self._runs_whole(model)
+        watch = Watch() if ends and (learn or key not in self._plans) else None
+        plan = self._plans[key] if ends and watch is None else None
+        if plan is not None and not plan.spares_hooks(model):
+            plan = None
+        self._records, self._learning, self._ended = {}, learn, False
+        self._plan, self._awaited = plan, set(plan.awaited) if plan is not None else set()
         try:
-            eager = bool(compiled) and self._learning
-            with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
-                output = model(*args, **kwargs)
+            result = self._forward(model, args, kwargs, watch)
             records = {name: [self._outcome(name, *run) for run in runs] for name, runs in self._records.items()}
+        except _EndNotBorneError:
+            self._whole = True
+            return self.run(model, args, kwargs, learn=learn, output=output)
         finally:
-            self._records = None
-            self.remove([name for name in self.names if name not in compiled])
+            self._records, self._plan = None, None
         self._learned.add(model.training)
-        return output, records
+        if watch is not None:
+            self._plans[key] = watch.plan(self.names)
+        if plan is not None and result is not _ENDED:  # layers ran more or less often, or it caught the end
+            self._whole = True
+        return (None if result is _ENDED else result), records
+
+    def _runs_whole(self, model: nn.Module) -> bool:
+        """Whether it cannot end early. Hooks that are compiled would have to end compiled code."""
+        compiled = next((name for name in self.names if inside_compiled(model, name)), None)
+        if compiled is not None and not self._whole:
+            self._whole = True
+            warnings.warn(
+                f"{self.role}: under torch.compile it runs whole, as {compiled!r} is inside. To have it end after its "
+                "last tap, compile what is read alone (model.backbone = torch.compile(model.backbone)) and tap that",
+                stacklevel=3,
+            )
+        return self._whole
+
+    def _forward(self, model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], watch: Watch | None) -> Any:
+        """The model's output, or _ENDED, with hooks in it for the time of the forward."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._detach, model)
+            self._attach(model, self.names)
+            for name in self._awaited.difference(self.names):
+                layer = unwrap(model).get_submodule(name)
+                stack.enter_context(layer.register_forward_hook(lambda *_, name=name: self._ran(name)))
+            if watch is not None:
+                stack.enter_context(watch.watching(model))
+            if (watch is not None or self._learning) and any(is_compiled(module) for module in model.modules()):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            try:
+                return model(*args, **kwargs)
+            except ForwardEnd as end:
+                if end.owner is not self:
+                    raise
+                return _ENDED
+            except Exception as error:
+                if self._ended:
+                    raise _EndNotBorneError from error
+                raise
 
     def record(self, name: str, output: Any) -> None:
         """Called by the hooks."""
         records = self._records
-        if records is None:  # somebody else's call, or an activation checkpoint that runs its layers again
+        if records is None or self._ended:  # somebody else's call, or a checkpoint that runs its layers again
             return
         kept = [self._kept(x, (name, i) in self._copied) for i, x in enumerate(tensors_in(output))]
         records.setdefault(name, []).append((output, kept))
+        if self._plan is not None:
+            self._ran(name)
+
+    def _ran(self, name: str) -> None:
+        self._awaited.discard(name)
+        plan, records = self._plan, self._records
+        if plan is None or records is None or self._awaited or self._ended:
+            return
+        if all(len(records.get(tapped, ())) == runs for tapped, runs in plan.runs.items()):
+            self._ended = True
+            raise ForwardEnd(self)
 
     def _kept(self, x: Tensor, copied: bool) -> _Kept:
         if torch.compiler.is_compiling():
