@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 import threading
 import weakref
+from collections.abc import Iterator
 from contextvars import ContextVar
 from types import TracebackType
 
@@ -39,6 +41,7 @@ class use_backend:
     """Forces a backend for the whole process; as a context manager, for the block and its own thread or task alone.
 
     A backward uses the backend of its forward, wherever it runs; compiled code takes the one that is set when it runs.
+    Second derivatives, forward-mode AD and functorch's transforms are the reference's, whatever is forced.
 
     Args:
         name: ``auto`` (CUDA tensors: triton; CPU tensors: native, else reference; anything else: reference),
@@ -74,6 +77,16 @@ class use_backend:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         _of_block.set(self._outer.pop())
+
+
+@contextlib.contextmanager
+def running(name: str) -> Iterator[None]:
+    """This backend for the block, which calls nothing of the user's: how a backward follows its forward."""
+    before = _of_block.set(name)
+    try:
+        yield
+    finally:
+        _of_block.reset(before)
 
 
 def current_backend() -> str:

@@ -21,6 +21,7 @@ from maskd_kernels.ops import maskd_loss as loss_op
 from maskd_kernels.ops import receptive_stats as stats_op
 from maskd_kernels.ops import scale_pixels as scale_op
 from maskd_kernels.ops import squared_error as error_op
+from maskd_kernels.ops.registration import full_precision
 from maskd_kernels.reference import ReceptiveStats, compute_dtype, least_mass
 from maskd_kernels.validation import (
     FLOATING,
@@ -91,11 +92,6 @@ def _stats(
     """The operator, its inputs brought to the dtypes it takes."""
     teacher, tokens, student = _computable(teacher, tokens, student)
     return stats_op.receptive_stats(teacher, tokens, student, stats_op.as_flag(customize, teacher[0].device), sums)
-
-
-def _full_precision(x: Tensor) -> torch.autocast:
-    """The epilogue leaves the autocast region: its few numbers per image are not worth losing bits of."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def _mask_weights(sums: Tensor, teacher: list[Tensor], weighting: Sequence[MaskWeighting]) -> Tensor:
@@ -249,7 +245,7 @@ def maskd_loss(
     if not return_dice and loss_op.applies(inputs, asked):
         plan, inputs = loss_op.prepare(call, inputs, loss_op.Inputs(*_computable(t, e, s), w), asked)
         return loss_op.maskd_loss(plan, inputs, customize, eps)
-    with _full_precision(t[0]):
+    with full_precision(t[0]):
         stats = _stats(t, e, s, customize, sums=len(w) > 0)
         weights = _mask_weights(stats.sums, t, w) if w else None
         loss = _masked_error(stats.error, stats.mass, weights, [x.shape[1] for x in t], eps)
@@ -308,7 +304,7 @@ def masked_mse(
         for i, (weight, x) in enumerate(zip(w, t, strict=True)):
             check_scale(weight, level_name("weights", i, len(t)), [x.shape[0], k], x)
     check_eps(eps)
-    with _full_precision(t[0]):
+    with full_precision(t[0]):
         distance = _stats(t, [], s).distance.split([math.prod(x.shape[2:]) for x in t], -1)  # L x [N, P]
         flat = [mask.flatten(2).to(distance[0].dtype) for mask in m]  # L x [N, K, P]
         error = torch.stack([(x.square() @ d[..., None]).squeeze(-1) for x, d in zip(flat, distance, strict=True)])
@@ -339,7 +335,7 @@ def dice_diversity(masks: Levels) -> Tensor:
         tensor(0.)
     """
     levels = as_features(masks, "masks", 1)
-    with _full_precision(levels[0]):
+    with full_precision(levels[0]):
         flat = [m.flatten(2).to(compute_dtype(m.dtype)) for m in levels]
         return torch.stack([_dice(m @ m.mT) for m in flat]).sum()
 
@@ -378,7 +374,7 @@ def masked_features(
     match_tokens(e, t)
     if w:
         match_weighting(w, t, e[0].shape[0])
-    with _full_precision(x):
+    with full_precision(x):
         stats = _stats(t, e, [], sums=len(w) > 0)
         if w:
             weights = _mask_weights(stats.sums, t, w)[0]  # [N, K]
@@ -406,7 +402,7 @@ def mask_weights(teacher: Tensor, weighting: MaskWeighting) -> Tensor:
     """
     t = as_features(teacher, "teacher", 1)
     match_weighting([weighting], t, weighting.projection_weight.shape[0])
-    with _full_precision(teacher):
+    with full_precision(teacher):
         return _mask_weights(_stats(t, [], [], sums=True).sums, t, [weighting])[0]
 
 

@@ -278,15 +278,6 @@ def test_gradcheck():
                 assert torch.autograd.gradcheck(function, (t, e, s))
 
 
-def test_second_derivative_raises(backend):
-    t, e, s = problem((1, 4, 3, 3))
-    with use_backend(backend):
-        stats = receptive_stats(t, e, s, None, False)
-        (gradient,) = torch.autograd.grad(stats.error.sum(), s, create_graph=True)
-        with pytest.raises(NotImplementedError, match="second derivatives"):
-            torch.autograd.grad(gradient.sum(), s)
-
-
 def test_teacher_masks_are_not_differentiable(backend):
     t, e, s = problem((1, 4, 3, 3))
     with use_backend(backend):

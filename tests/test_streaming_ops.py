@@ -215,15 +215,6 @@ def test_backward_twice(backend, operator):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_second_derivative_raises(backend, operator):
-    inputs = OPERATORS[operator][2]((1, 4, 3, 3))
-    leaves = [x for group in inputs for x in group]
-    outputs = flat(OPERATORS[operator][0](*inputs))
-    gradient = torch.autograd.grad(sum(x.square().sum() for x in outputs), leaves[0], create_graph=True)[0]
-    with pytest.raises(NotImplementedError, match="second derivatives"):
-        torch.autograd.grad(gradient.sum(), leaves[0])
-
-
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_repeatable(operator, layout):
     """A hundred runs, bit for bit, also with another number of threads."""

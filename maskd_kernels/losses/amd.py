@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from maskd_kernels import functional
 from maskd_kernels.losses.generation import Channels, GenerativeLoss
+from maskd_kernels.ops.registration import full_precision
 from maskd_kernels.validation import Levels, as_features, check_number
 
 
@@ -119,7 +119,7 @@ class AMDLoss(GenerativeLoss):
         student, teacher = self._validated(preds_S, preds_T)
         strength, mean = functional.attention_stats(teacher)
         aligned = self._aligned(student)
-        with torch.autocast(teacher[0].device.type, enabled=False):
+        with full_precision(teacher[0]):
             keep = [self.keep(self._attention(x.detach())) for x in strength]
         masked = functional.scale_pixels(aligned, keep)
         scale = None

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from maskd_kernels import functional
+from maskd_kernels.ops.registration import full_precision
 from maskd_kernels.validation import Levels, as_features, check_channels, level_name, match_count, shape_of
 
 Channels = int | Sequence[int]
@@ -102,5 +102,5 @@ class GenerativeLoss(nn.Module):
         generated: list[Tensor], teacher: list[Tensor], alpha: float, channel_scale: list[Tensor] | None = None
     ) -> Tensor:
         error = functional.squared_error(generated, teacher, channel_scale=channel_scale)
-        with torch.autocast(error.device.type, enabled=False):
+        with full_precision(error):
             return error.sum() * (alpha / max(error.shape[1], 1))

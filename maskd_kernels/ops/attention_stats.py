@@ -13,7 +13,7 @@ from torch import Tensor
 
 from maskd_kernels import backends, native, reference
 from maskd_kernels.ops import layout
-from maskd_kernels.ops.registration import Operator
+from maskd_kernels.ops.registration import Backward, Operator
 from maskd_kernels.reference import compute_dtype
 
 _NAME = "maskd_kernels::attention_stats"
@@ -34,8 +34,6 @@ def attention_stats(x: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         ``L`` tensors ``[N, *spatial]`` and ``L`` tensors ``[N, C]`` in the compute dtype (float32; float64 for float64
         features). Differentiable.
     """
-    if layout.is_small(x, _SMALL):
-        return reference.attention_stats(x)
     attention, mean = _operator(x)
     return list(attention), list(mean)
 
@@ -107,12 +105,8 @@ def _backward(x: list[Tensor], grad_attention: list[Tensor], grad_mean: list[Ten
     return out
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[0])
+def _autograd(call: Backward, grad_attention: list[Tensor], grad_mean: list[Tensor]) -> tuple[Any, ...]:
+    return (call.run(*call.arguments, grad_attention, grad_mean),)
 
 
-def _autograd(ctx: Any, grad_attention: list[Tensor], grad_mean: list[Tensor]) -> Any:
-    return ctx.run_backward(ctx.saved_tensors, grad_attention, grad_mean)
-
-
-_operator = Operator("attention_stats", _forward, _backward, _setup_context, _autograd)
+_operator = Operator("attention_stats", _forward, _backward, reference.attention_stats, _autograd, small=_SMALL)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from maskd_kernels import backends, native
+from maskd_kernels import native
 
 
 def as_dense(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -99,11 +99,3 @@ def copy_all(destinations: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
 def describe_result(results: Sequence[Tensor], level: int) -> tuple[Any, ...]:
     """A level's result as the extension takes it; absent where results are not wanted."""
     return native.describe(dense_view(results[level])) if results else native.ABSENT
-
-
-def is_small(levels: Sequence[Tensor], elements: int) -> bool:
-    """Whether PyTorch's own operations are faster on a CPU, as calling a custom operator costs more than it saves."""
-    # Compiled code takes the backend that is set when it runs, which is not known while it is traced.
-    if torch.compiler.is_compiling() or backends.current_backend() != "auto" or not levels[0].is_cpu:
-        return False
-    return sum([level.numel() for level in levels]) < elements

@@ -29,7 +29,7 @@ from torch import Tensor
 from maskd_kernels import backends, native
 from maskd_kernels.ops import layout
 from maskd_kernels.ops import receptive_stats as stats_op
-from maskd_kernels.ops.registration import is_eager, is_plain
+from maskd_kernels.ops.registration import as_saved, is_eager, is_followed, is_plain
 from maskd_kernels.reference import compute_dtype
 
 
@@ -214,28 +214,29 @@ class _FrozenLoss(torch.autograd.Function):
                 ctx.gradients = [native.empty(*g) for g in plan.gradients]
             loss, masks, share = _native(plan, inputs, settings, ctx.gradients, ctx.expected)
         else:
-            loss, masks, share = _triton(inputs, settings)
-        ctx.count = len(teacher)
-        ctx.save_for_backward(*teacher, *tokens, *student, masks, share)
+            with backends.running(plan.backend):
+                loss, masks, share = _triton(inputs, settings)
+        ctx.count, ctx.backend = len(teacher), plan.backend
+        ctx.save_for_backward(*map(as_saved, chain(teacher, tokens, student)), masks, share)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         # Handed out once: whoever receives the gradient may change it.
         gradients, ctx.gradients = ctx.gradients, []
-        if ctx.upstream is not None:
+        through = is_followed([grad])
+        if ctx.upstream is not None and not through:
             value = grad.item()  # a CPU tensor: nothing to wait for
             ctx.upstream.record(value)
             gradients = gradients if value == ctx.expected else []
-        # With create_graph the operator runs, which says that it has no second derivative.
-        if not gradients or torch.is_grad_enabled():
+        if not gradients or through:
             *tensors, masks, share = ctx.saved_tensors
-            teacher, tokens = tensors[: ctx.count], tensors[ctx.count : 2 * ctx.count]
             none = masks.new_empty(0)
+            teacher, tokens, student = (tensors[i * ctx.count : (i + 1) * ctx.count] for i in range(3))
             saved = [masks, none, none, none, none, none, none]
-            upstream = [None, None, None, None, share * grad, None, None]
-            needs = [False, False, True]
-            gradients = torch.ops.maskd_kernels.receptive_stats_backward(
-                teacher, tokens, tensors[2 * ctx.count :], saved, upstream, needs
-            )
+            upstream = [none, none, none, none, share * grad, none, none]
+            # Masks and shares do not depend on the student, or are taken not to: constants of any derivative.
+            run = stats_op.reference_backward if through else torch.ops.maskd_kernels.receptive_stats_backward
+            with backends.running(ctx.backend):
+                gradients = run(teacher, tokens, student, saved, upstream, [False, False, True])
         return (None, None, None, None, *gradients)

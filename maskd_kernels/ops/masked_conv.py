@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from maskd_kernels import backends, native
-from maskd_kernels.ops.registration import Operator
+from maskd_kernels.ops.registration import Backward, Operator, per_argument
 
 _NAME = "maskd_kernels::masked_conv"
 _BACKWARD_NAME = "maskd_kernels::masked_conv_backward"
@@ -59,6 +59,10 @@ def _fake(x: Tensor, keep: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _channels_last(x, weight.shape[0])
 
 
+def _reference(x: Tensor, keep: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(x * keep[:, None], weight, bias, padding=1)
+
+
 def _as_matrix(weight: Tensor) -> Tensor:
     """``[C, 9 D]``: what a pixel's channels become, tap by tap."""
     return weight.permute(1, 2, 3, 0).flatten(1)
@@ -69,7 +73,7 @@ def _forward(x: Tensor, keep: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     d = weight.shape[0]
     out = _channels_last(x, d, pooled=_gathers(x))
     if not _gathers(x):
-        return out.copy_(F.conv2d(x * keep[:, None], weight, bias, padding=1))
+        return out.copy_(_reference(x, keep, weight, bias))
     rows, matrix, bias = x.flatten(2).mT, _as_matrix(weight).contiguous(), bias.contiguous()
     for image in range(n):
         kept = keep[image].flatten().nonzero().squeeze(1)
@@ -136,16 +140,10 @@ def _backward(
     return grad_x, grad_weight, grad_bias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, keep, weight, _ = inputs
-    ctx.save_for_backward(x, keep, weight)
+def _autograd(call: Backward, grad: Tensor) -> tuple[Any, ...]:
+    needs = [call.needs[i] for i in (0, 2, 3)]
+    gradients = zip(call.run(*call.arguments[:3], grad, needs), needs, strict=True)
+    return per_argument(call.arguments, call.needs, [g for g, needed in gradients if needed])
 
 
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needs = [ctx.needs[i] for i in (0, 2, 3)]
-    gradients = ctx.run_backward(*ctx.saved_tensors, grad, needs)
-    x, weight, bias = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-    return x, None, weight, bias
-
-
-_operator = Operator("masked_conv", _forward, _backward, _setup_context, _autograd)
+_operator = Operator("masked_conv", _forward, _backward, _reference, _autograd)

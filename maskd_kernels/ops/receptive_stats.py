@@ -17,7 +17,7 @@ from torch import Tensor
 
 from maskd_kernels import backends, native, reference
 from maskd_kernels.ops import layout
-from maskd_kernels.ops.registration import Operator
+from maskd_kernels.ops.registration import Backward, Operator, full_precision, per_argument
 from maskd_kernels.reference import TAPS, ReceptiveStats, compute_dtype
 
 _NAME = "maskd_kernels::receptive_stats"
@@ -30,7 +30,7 @@ torch.library.define(
 )
 torch.library.define(
     _BACKWARD_NAME,
-    "(Tensor[] teacher, Tensor[] tokens, Tensor[] student, Tensor[] saved, Tensor?[] grad, bool[] needs) -> Tensor[]",
+    "(Tensor[] teacher, Tensor[] tokens, Tensor[] student, Tensor[] saved, Tensor[] grad, bool[] needs) -> Tensor[]",
 )
 
 
@@ -109,7 +109,7 @@ def forward(
     """What ``receptive_stats`` returns, not differentiable."""
     backend = backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype))
     if backend == "reference":
-        with torch.autocast(teacher[0].device.type, enabled=False):
+        with full_precision(teacher[0]):
             return reference.receptive_stats(teacher, tokens, student, customize, sums)
     out = _empty_stats(teacher, tokens, student, customize is not None, sums, pooled=backend == "native")
     if backend == "native":
@@ -153,11 +153,26 @@ def _backward_fake(
     tokens: list[Tensor],
     student: list[Tensor],
     saved: list[Tensor],
-    grad: list[Tensor | None],
+    grad: list[Tensor],
     needs: list[bool],
 ) -> list[Tensor]:
     grad_teacher, grad_tokens, grad_student = empty_gradients(teacher, tokens, student, needs)
     return grad_teacher + grad_tokens + grad_student
+
+
+def reference_backward(
+    teacher: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    student: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """What ``receptive_stats_backward`` returns, by operations that PyTorch can differentiate."""
+    upstream = [g if g.numel() else None for g in grad]
+    with full_precision(teacher[0]):
+        stats = ReceptiveStats(*saved)
+        return list(chain(*reference.receptive_stats_backward(teacher, tokens, student, stats, upstream, needs)))
 
 
 def _backward(
@@ -165,18 +180,17 @@ def _backward(
     tokens: list[Tensor],
     student: list[Tensor],
     saved: list[Tensor],  # the fields of ReceptiveStats
-    grad: list[Tensor | None],  # likewise, upstream
+    grad: list[Tensor],  # likewise, upstream; empty where there is none
     needs: list[bool],  # teacher, tokens, student
 ) -> list[Tensor]:
-    stats = ReceptiveStats(*saved)
-    upstream = [None if g is None else g.contiguous() for g in grad]
     backend = backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype))
     results = empty_gradients(teacher, tokens, student, needs, pooled=backend == "native")
     if backend == "reference":
-        with torch.autocast(teacher[0].device.type, enabled=False):
-            computed = reference.receptive_stats_backward(teacher, tokens, student, stats, upstream, needs)
-        layout.copy_all(chain(*results), chain(*computed))
-    elif backend == "native":
+        layout.copy_all(chain(*results), reference_backward(teacher, tokens, student, saved, grad, needs))
+        return list(chain(*results))
+    stats = ReceptiveStats(*saved)
+    upstream = [g.contiguous() if g.numel() else None for g in grad]
+    if backend == "native":
         _native_backward(teacher, tokens, student, stats, upstream, results)
     else:
         from maskd_kernels.triton import receptive_stats as kernels
@@ -185,8 +199,8 @@ def _backward(
     return list(chain(*results))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    teacher, tokens, student, _, _ = inputs
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> list[Tensor]:
+    teacher, tokens = inputs[:2]
     stats = ReceptiveStats(*output)
     ctx.set_materialize_grads(False)
     constant = [stats.teacher_masks]
@@ -195,30 +209,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         if not any(x.requires_grad for x in tokens):
             constant += [stats.masks, stats.mass, stats.gram]
     ctx.mark_non_differentiable(*constant)
-    ctx.counts = len(teacher), len(tokens), len(student)
     # The backward needs the masks, their teacher factor and the distance; the reduced statistics are not kept.
-    ctx.save_for_backward(*teacher, *tokens, *student, stats.masks, stats.teacher_masks, stats.distance)
+    return [stats.masks, stats.teacher_masks, stats.distance]
 
 
-def _autograd(ctx: Any, *grad: Tensor | None) -> tuple[Any, ...]:
-    teacher_count, tokens_count, student_count = ctx.counts
-    tensors = list(ctx.saved_tensors)
-    masks, teacher_masks, distance = tensors[-3:]
-    teacher, tokens = tensors[:teacher_count], tensors[teacher_count : teacher_count + tokens_count]
-    student = tensors[teacher_count + tokens_count : -3]
-    needs = ctx.needs[:3]
-    none = masks.new_empty(0)
-    saved = [masks, teacher_masks, distance, none, none, none, none]
-    upstream = [None if g is None or g.numel() == 0 else g for g in grad]
-    gradients = ctx.run_backward(teacher, tokens, student, saved, upstream, needs)
-    result: list[Any] = []
-    for needed, count in zip(needs, (teacher_count, tokens_count, student_count), strict=True):
-        result.append(gradients[:count] if needed else [None] * count)
-        gradients = gradients[count:] if needed else gradients
-    return (*result, None, None)
+def _autograd(call: Backward, *grad: Tensor | None) -> tuple[Any, ...]:
+    teacher, tokens, student = call.arguments[:3]
+    none = call.kept[0].new_empty(0)
+    saved, upstream = [*call.kept, none, none, none, none], [none if g is None else g for g in grad]
+    gradients = call.run(teacher, tokens, student, saved, upstream, call.needs[:3])
+    return per_argument(call.arguments, call.needs, gradients)
 
 
-_operator = Operator("receptive_stats", _forward, _backward, _setup_context, _autograd)
+_operator = Operator("receptive_stats", _forward, _backward, reference.receptive_stats, _autograd, _keep)
 
 
 # ---- The native kernels ------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskd_kernels import backends, native, reference
 from maskd_kernels.ops import layout
-from maskd_kernels.ops.registration import Operator
+from maskd_kernels.ops.registration import Backward, Operator, per_argument
 from maskd_kernels.reference import compute_dtype
 
 _NAME = "maskd_kernels::scale_pixels"
@@ -35,8 +35,6 @@ def scale_pixels(x: Sequence[Tensor], scale: Sequence[Tensor]) -> list[Tensor]:
     Returns:
         ``L`` tensors like ``x``, in its dtype. Differentiable in both.
     """
-    if layout.is_small(x, _SMALL):
-        return reference.scale_pixels(x, scale)
     return list(_operator(x, scale))
 
 
@@ -103,19 +101,8 @@ def _backward(x: list[Tensor], scale: list[Tensor], grad: list[Tensor], needs: l
     return list(chain(*results))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, scale = inputs
-    ctx.count = len(x)
-    ctx.save_for_backward(*x, *scale)
+def _autograd(call: Backward, grad: list[Tensor]) -> tuple[Any, ...]:
+    return per_argument(call.arguments, call.needs, call.run(*call.arguments, grad, call.needs))
 
 
-def _autograd(ctx: Any, grad: list[Tensor]) -> tuple[Any, ...]:
-    x, scale = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-    needs = ctx.needs[:2]
-    gradients = ctx.run_backward(x, scale, grad, needs)
-    none = [None] * ctx.count
-    grad_x = gradients[: ctx.count] if needs[0] else none
-    return grad_x, gradients[-ctx.count :] if needs[1] else none
-
-
-_operator = Operator("scale_pixels", _forward, _backward, _setup_context, _autograd)
+_operator = Operator("scale_pixels", _forward, _backward, reference.scale_pixels, _autograd, small=_SMALL)

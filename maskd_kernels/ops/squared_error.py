@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskd_kernels import backends, native, reference
 from maskd_kernels.ops import layout
-from maskd_kernels.ops.registration import Operator
+from maskd_kernels.ops.registration import Backward, Operator, per_argument
 from maskd_kernels.reference import compute_dtype
 
 _NAME = "maskd_kernels::squared_error"
@@ -38,8 +38,6 @@ def squared_error(pred: Sequence[Tensor], target: Sequence[Tensor], scale: Seque
     Returns:
         ``[L, N]`` in the compute dtype. Differentiable in all inputs.
     """
-    if layout.is_small(pred, _SMALL):
-        return reference.squared_error(pred, target, scale)
     result: Tensor = _operator(pred, target, scale)
     return result
 
@@ -137,22 +135,8 @@ def _backward(
     return list(chain(*results))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pred, target, scale = inputs
-    ctx.levels = len(pred)
-    ctx.save_for_backward(*pred, *target, *scale)
+def _autograd(call: Backward, grad: Tensor) -> tuple[Any, ...]:
+    return per_argument(call.arguments, call.needs, call.run(*call.arguments, grad, call.needs))
 
 
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    levels, saved = ctx.levels, ctx.saved_tensors
-    pred, target, scale = saved[:levels], saved[levels : 2 * levels], saved[2 * levels :]
-    needs = ctx.needs[:3]
-    gradients = ctx.run_backward(pred, target, scale, grad, needs)
-    result: list[Any] = []
-    for needed, count in zip(needs, (levels, levels, len(scale)), strict=True):
-        result.append(gradients[:count] if needed else [None] * count)
-        gradients = gradients[count:] if needed else gradients
-    return tuple(result)
-
-
-_operator = Operator("squared_error", _forward, _backward, _setup_context, _autograd)
+_operator = Operator("squared_error", _forward, _backward, reference.squared_error, _autograd, small=_SMALL)
