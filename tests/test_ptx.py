@@ -17,25 +17,17 @@ import pytest
 pytest.importorskip("triton")
 
 CASES = Path(__file__).parent / "ptx_cases.py"
-# Side by side, halves that take about as long as each other.
+ROOT = CASES.parent.parent
+# Halves that take about as long as each other, so that they can run side by side.
 HALVES = {"the loss": "test_loss or odd_offset", "everything else": "not (test_loss or odd_offset)"}
 
 
-@pytest.fixture(scope="module")
-def processes(request):
-    cache = request.config.cache.mkdir("ptx")
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", CASES, "-k"]
-    root = CASES.parent.parent
-    return {
-        name: subprocess.Popen(
-            [*command, chosen], env=environment, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for name, chosen in HALVES.items()
-    }
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("half", HALVES)
-def test_compiled_kernels(processes, half):
-    output, _ = processes[half].communicate()
-    assert processes[half].returncode == 0, output[-6000:]
+def test_compiled_kernels(half):
+    cache = str(ROOT / "build" / "triton_cache")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", CASES, "-k", HALVES[half]]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-1000:]
