@@ -76,11 +76,22 @@ def prepare(subject: Any, case: Any) -> tuple[dict[str, str], dict[str, float]]:
     return dropped, errors
 
 
+def build(case: Any, device: str) -> Any:
+    """The subject of a case."""
+    from bench import bench_generative, bench_maskd, bench_operators
+
+    if case.subject == "maskd":
+        return bench_maskd.build(case, device)
+    if case.subject in ("mgd", "amd"):
+        return bench_generative.build(case, device)
+    return bench_operators.build(case, device)
+
+
 def measure(case: Any, device: str, seconds: float, wanted: list[str]) -> dict[str, Any]:
     """All ways of running a case: forward and backward, cold and warm, and each pass alone, cold."""
     import torch
 
-    from bench.subjects import autograd_alone, build, streaming_pass
+    from bench.subjects import autograd_alone, streaming_pass
     from bench.timing import Cold, interleaved, kernel_launches, peak_extra_bytes, time_once
 
     subject = build(case, device)

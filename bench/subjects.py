@@ -87,14 +87,3 @@ def autograd_alone(leaves: list[Tensor]) -> Callable[[], Any]:
     """An operator that computes nothing, forward and backward: what PyTorch takes for any operator outside of it."""
     gradients = [torch.empty_like(x) for x in leaves]
     return lambda: torch.autograd.grad(_Nothing.apply(gradients, *leaves), leaves)
-
-
-def build(case: Case, device: str) -> Subject:
-    """The subject of a case."""
-    from bench import bench_generative, bench_maskd, bench_operators
-
-    if case.subject == "maskd":
-        return bench_maskd.build(case, device)
-    if case.subject in ("mgd", "amd"):
-        return bench_generative.build(case, device)
-    return bench_operators.build(case, device)

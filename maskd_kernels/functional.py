@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from maskd_kernels import backends
+from maskd_kernels.mask_weighting import MaskWeighting, weights_from_sums
 from maskd_kernels.ops import attention_stats as attention_op
 from maskd_kernels.ops import layout
 from maskd_kernels.ops import maskd_loss as loss_op
@@ -28,11 +29,11 @@ from maskd_kernels.validation import (
     Levels,
     as_features,
     as_levels,
+    as_weighting,
     channels_first,
     check_customize,
     check_eps,
     check_scale,
-    kind_of,
     level_name,
     match_count,
     match_features,
@@ -41,33 +42,6 @@ from maskd_kernels.validation import (
     match_weighting,
     shape_of,
 )
-
-
-class MaskWeighting(NamedTuple):
-    """Parameters of the module that weights the masks, as the authors define it.
-
-    ``softmax(Conv1x1(AvgPool(Conv3x3(teacher))))``. Nothing nonlinear lies between the convolution and the
-    pooling, so it is evaluated from nine sums per channel and never as a convolution over the map.
-    """
-
-    conv_weight: Tensor  # [C, C, 3, 3]
-    conv_bias: Tensor  # [C]
-    projection_weight: Tensor  # [K, C, 1, 1]
-    projection_bias: Tensor  # [K]
-
-
-def _as_weighting(weighting: MaskWeighting | Sequence[MaskWeighting] | None) -> list[MaskWeighting]:
-    if weighting is None:
-        return []
-    levels = (
-        weighting if isinstance(weighting, (list, tuple)) and not isinstance(weighting, MaskWeighting) else [weighting]
-    )
-    if not all([isinstance(w, MaskWeighting) for w in levels]):
-        raise TypeError(f"weighting: expected MaskWeighting or a list of it, got {kind_of(weighting)}")
-    if not all([isinstance(x, Tensor) for w in levels for x in w]):
-        raise TypeError(f"weighting: expected tensors in every field, got {', '.join(map(kind_of, levels))}")
-    return list(levels)
-
 
 # ---- The operator's results combined -----------------------------------------------------------
 
@@ -92,21 +66,6 @@ def _stats(
     """The operator, its inputs brought to the dtypes it takes."""
     teacher, tokens, student = _computable(teacher, tokens, student)
     return stats_op.receptive_stats(teacher, tokens, student, stats_op.as_flag(customize, teacher[0].device), sums)
-
-
-def _mask_weights(sums: Tensor, teacher: list[Tensor], weighting: Sequence[MaskWeighting]) -> Tensor:
-    """``[L, N, K]``: softmax of the weighting module's logits, from ``sums`` ``[N, 9, C]`` of all levels.
-
-    The average of a convolution's output is its weights times the average of what each tap reads.
-    """
-    result = []
-    for sum_of, t, w in zip(sums.split([t.shape[1] for t in teacher], -1), teacher, weighting, strict=True):
-        mean = (sum_of / max(math.prod(t.shape[2:]), 1)).mT.flatten(1)  # [N, 9C], channels first, as the weight's
-        conv_weight, projection_weight = (x.to(mean.dtype).flatten(1) for x in (w.conv_weight, w.projection_weight))
-        hidden = torch.addmm(w.conv_bias.to(mean.dtype), mean, conv_weight.mT)
-        logits = torch.addmm(w.projection_bias.to(mean.dtype), hidden, projection_weight.mT)
-        result.append(logits.softmax(-1))
-    return torch.stack(result)
 
 
 def _dice(gram: Tensor) -> Tensor:
@@ -227,7 +186,7 @@ def maskd_loss(
         >>> loss.backward()
     """
     t, s = as_levels(teacher, "teacher"), as_levels(student, "student")
-    e, w = as_levels(tokens, "tokens"), _as_weighting(weighting)
+    e, w = as_levels(tokens, "tokens"), as_weighting(weighting)
     check_eps(eps)
     check_customize(customize, t[0])
     asked = "" if torch.compiler.is_compiling() else backends.current_backend()
@@ -247,7 +206,7 @@ def maskd_loss(
         return loss_op.maskd_loss(plan, inputs, customize, eps)
     with full_precision(t[0]):
         stats = _stats(t, e, s, customize, sums=len(w) > 0)
-        weights = _mask_weights(stats.sums, t, w) if w else None
+        weights = weights_from_sums(stats.sums, t, w) if w else None
         loss = _masked_error(stats.error, stats.mass, weights, [x.shape[1] for x in t], eps)
         return (loss, _dice(stats.gram)) if return_dice else loss
 
@@ -370,14 +329,14 @@ def masked_features(
         >>> seen, dice = maskd_kernels.masked_features(torch.randn(2, 16, 8, 8), torch.randn(6, 16))
     """
     t, e = as_features(x, "x", channel_dim), as_levels(tokens, "tokens")
-    w = _as_weighting(weighting)
+    w = as_weighting(weighting)
     match_tokens(e, t)
     if w:
         match_weighting(w, t, e[0].shape[0])
     with full_precision(x):
         stats = _stats(t, e, [], sums=len(w) > 0)
         if w:
-            weights = _mask_weights(stats.sums, t, w)[0]  # [N, K]
+            weights = weights_from_sums(stats.sums, t, w)[0]  # [N, K]
             scale = (weights[:, None] @ stats.masks).squeeze(1)  # [N, P]
         else:
             scale = stats.masks.sum(1)
@@ -403,7 +362,7 @@ def mask_weights(teacher: Tensor, weighting: MaskWeighting) -> Tensor:
     t = as_features(teacher, "teacher", 1)
     match_weighting([weighting], t, weighting.projection_weight.shape[0])
     with full_precision(teacher):
-        return _mask_weights(_stats(t, [], [], sums=True).sums, t, [weighting])[0]
+        return weights_from_sums(_stats(t, [], [], sums=True).sums, t, [weighting])[0]
 
 
 def scale_pixels(x: Levels, scale: Levels, *, channel_dim: int = 1) -> Tensor | list[Tensor]:

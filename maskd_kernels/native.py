@@ -8,15 +8,11 @@ import math
 import os
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils import deterministic
 from torch.utils.dlpack import from_dlpack
-
-if TYPE_CHECKING:
-    from maskd_kernels.ops.layout import Feature
 
 
 class NativeUnavailableError(RuntimeError):
@@ -62,7 +58,7 @@ def module() -> ModuleType:
 
 
 # csrc/common.h, DType; integers in python/checks.h
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3, torch.int64: 4}
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3, torch.int64: 4}
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] = ()) -> Tensor:
@@ -70,25 +66,10 @@ def empty(shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] = ()) 
 
     Idle memory never exceeds twice what was in use at one time; ``release_memory()`` returns it to the system.
     """
-    tensor: Tensor = from_dlpack(module().new_tensor(shape, stride, _DTYPE_CODES[dtype]))
+    tensor: Tensor = from_dlpack(module().new_tensor(shape, stride, DTYPE_CODES[dtype]))
     if torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
         tensor.fill_(math.nan)  # as torch.empty does
     return tensor
-
-
-ABSENT = (0, 0, (0, 0, 0), (0, 0, 0), 0)
-
-
-def describe(feature: Feature) -> tuple[int, int, tuple[int, int, int], tuple[int, int, int], int]:
-    """A feature as the extension takes it: address, dtype code, shape, strides, elements up to its memory's end."""
-    x = feature.tensor
-    available = x.untyped_storage().nbytes() // x.element_size() - int(x.storage_offset())
-    return x.data_ptr(), _DTYPE_CODES[x.dtype], feature.shape, feature.stride, available
-
-
-def map_shape(feature: Feature) -> Any:
-    """The size of a level and which axis is dense, as the extension takes them."""
-    return module().MapShape(*feature.shape, feature.interleaved, torch.get_num_threads())
 
 
 def address(x: Tensor | None) -> tuple[int, int, int]:
@@ -97,7 +78,7 @@ def address(x: Tensor | None) -> tuple[int, int, int]:
         return 0, 0, 0
     if not x.is_contiguous():
         raise ValueError(f"expected a contiguous tensor, got {list(x.shape)} with strides {list(x.stride())}")
-    return x.data_ptr(), _DTYPE_CODES[x.dtype], x.numel()
+    return x.data_ptr(), DTYPE_CODES[x.dtype], x.numel()
 
 
 def release_memory() -> None:

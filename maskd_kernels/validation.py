@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from maskd_kernels.functional import MaskWeighting
+from maskd_kernels.mask_weighting import MaskWeighting
 
 Levels = Tensor | Sequence[Tensor]
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -68,6 +66,13 @@ def check_count(value: int, name: str, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
     return int(value)
+
+
+def check_module(value: object, name: str) -> None:
+    """A model."""
+    if not isinstance(value, nn.Module):
+        got = f"the class {value.__name__}" if isinstance(value, type) else kind_of(value)
+        raise TypeError(f"{name}: expected a module, got {got}")
 
 
 def check_channels(channels: int | Sequence[int], name: str) -> list[int]:
@@ -170,6 +175,20 @@ def match_tokens(tokens: list[Tensor], teacher: list[Tensor]) -> None:
             raise ValueError(f"{label}: expected {tokens[0].shape[0]} tokens like tokens[0], got {shape_of(e)}")
         if e.device != t.device:
             raise ValueError(f"{label}: expected device {t.device} like the features, got {e.device}")
+
+
+def as_weighting(weighting: MaskWeighting | Sequence[MaskWeighting] | None) -> list[MaskWeighting]:
+    """One level's parameters or a sequence of them as a list; empty for none."""
+    if weighting is None:
+        return []
+    levels = (
+        weighting if isinstance(weighting, (list, tuple)) and not isinstance(weighting, MaskWeighting) else [weighting]
+    )
+    if not all([isinstance(w, MaskWeighting) for w in levels]):
+        raise TypeError(f"weighting: expected MaskWeighting or a list of it, got {kind_of(weighting)}")
+    if not all([isinstance(x, Tensor) for w in levels for x in w]):
+        raise TypeError(f"weighting: expected tensors in every field, got {', '.join(map(kind_of, levels))}")
+    return list(levels)
 
 
 def match_weighting(weighting: Sequence[MaskWeighting], teacher: list[Tensor], num_tokens: int) -> None:

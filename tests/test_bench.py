@@ -11,11 +11,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench import scaling
-from bench.__main__ import measure, prepare, report
+from bench.__main__ import build, measure, prepare, report
 from bench.cases import SUITES, Case
 from bench.compare import compare
 from bench.document import scaling_table
-from bench.subjects import build
 from bench.timing import interleaved
 
 TINY = {

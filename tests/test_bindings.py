@@ -14,9 +14,9 @@ def scale(**changed):
     x, y, factor = torch.randn(2, 3, 4, 5), torch.full((2, 3, 4, 5), -7.0), torch.ones(2, 4, 5)
     feature = layout.dense_view(x)
     arguments = {
-        "shape": native.map_shape(feature),
-        "x": native.describe(feature),
-        "y": native.describe(layout.dense_view(y)),
+        "shape": layout.map_shape(feature),
+        "x": layout.describe(feature),
+        "y": layout.describe(layout.dense_view(y)),
         "scale": native.address(factor),
         "float64": False,
     }

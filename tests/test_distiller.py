@@ -12,7 +12,7 @@ from helpers import parameters_of_processes
 from torch import nn
 from torch.nn import functional as F
 
-from maskd_kernels import AMDLoss, Distiller, Layer, MasKDLoss, MGDLoss, Tap
+from maskd_kernels import AMDLoss, Distiller, Layer, MasKDLoss, MGDLoss, Tap, TokenTrainer
 from maskd_kernels.distill.features import tensors_in
 from maskd_kernels.distill.recording import _Hook
 
@@ -740,6 +740,16 @@ def test_things_that_are_no_taps():
         Tap("neck", "neck", MasKDLoss)
     with pytest.raises(TypeError, match="layer: expected a layer's name, a module or a list of them, got int"):
         Tap(3, "neck", mse)
+
+
+def test_models_that_are_no_modules():
+    tap = Tap("neck", "neck", mse)
+    with pytest.raises(TypeError, match="student: expected a module, got the class Net"):
+        Distiller(Net, Net(8), tap)
+    with pytest.raises(TypeError, match="teacher: expected a module, got str"):
+        Distiller(Net(4), "teacher.pth", tap)
+    with pytest.raises(TypeError, match="teacher: expected a module, got OrderedDict"):
+        TokenTrainer(Net(8).state_dict(), "neck", channels=8)
 
 
 def test_loading_before_the_aligns_are_built():

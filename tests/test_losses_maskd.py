@@ -130,6 +130,8 @@ def test_bad_checkpoints(tmp_path, capsys):
 
     with pytest.raises(FileNotFoundError, match=r"pretrained: no such file: .*missing.pth"):
         MasKDLoss(10, pretrained=tmp_path / "missing.pth")
+    with pytest.raises(IsADirectoryError, match="pretrained: expected a checkpoint file, got a folder: "):
+        MasKDLoss(10, pretrained=tmp_path)
     with pytest.raises(ValueError, match=r"cannot be read as a checkpoint of tensors alone \(weights_only=True\)"):
         MasKDLoss(10, pretrained=saved({"state_dict": Hostile()}))
     assert "must not run" not in capsys.readouterr().out

@@ -17,6 +17,7 @@ from maskd_kernels.distill.features import kind
 from maskd_kernels.distill.recording import Recorder
 from maskd_kernels.distill.taps import Layer, Tap, image_size
 from maskd_kernels.distill.teacher import FrozenTeacher, as_call, cast_to
+from maskd_kernels.validation import check_module
 
 _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 _INTERPOLATION = {3: "linear", 4: "bilinear", 5: "trilinear"}
@@ -97,6 +98,7 @@ class Distiller(FrozenTeacher):
         teacher_inputs: Callable[..., Any] | None = None,
         teacher_output: bool = False,
     ) -> None:
+        check_module(student, "student")
         super().__init__(teacher)
         self.student = student
         self.taps = _checked_taps(taps)

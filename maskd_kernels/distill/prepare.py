@@ -17,6 +17,7 @@ from maskd_kernels.distill.features import layer_name, tensors_in, unwrap
 from maskd_kernels.distill.recording import Recorder
 from maskd_kernels.distill.taps import Tap
 from maskd_kernels.distill.teacher import as_call
+from maskd_kernels.validation import check_module
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
@@ -101,8 +102,7 @@ def prepare_teacher(
         >>> prepared.preparation.errors["2"] < 1e-5
         True
     """
-    if not isinstance(teacher, nn.Module):
-        raise TypeError(f"teacher: expected a module, got {type(teacher).__name__}")
+    check_module(teacher, "teacher")
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype: expected None or one of {', '.join(map(str, _DTYPES))}, got {dtype}")
     tapped = [tap.side(tap.teacher).resolved(teacher, "taps").names if isinstance(tap, Tap) else [tap] for tap in taps]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from maskd_kernels.distill.features import map_tensors, unwrap
+from maskd_kernels.validation import check_module
 
 _Owner = TypeVar("_Owner", bound="FrozenTeacher")
 
@@ -21,6 +22,7 @@ class FrozenTeacher(nn.Module):
     """
 
     def __init__(self, teacher: nn.Module) -> None:
+        check_module(teacher, "teacher")
         super().__init__()
         object.__setattr__(self, "teacher", teacher)
 

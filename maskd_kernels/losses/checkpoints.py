@@ -21,6 +21,7 @@ def read_state(source: Source) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file.
+        IsADirectoryError: a folder.
         ValueError: a file that holds no parameters, or that only loads by executing code.
     """
     if isinstance(source, Mapping):
@@ -31,6 +32,8 @@ def read_state(source: Source) -> dict[str, Tensor]:
             checkpoint = torch.load(name, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise FileNotFoundError(f"pretrained: no such file: {name}") from None
+        except IsADirectoryError:
+            raise IsADirectoryError(f"pretrained: expected a checkpoint file, got a folder: {name}") from None
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
             raise ValueError(
                 f"pretrained: {name} cannot be read as a checkpoint of tensors alone (weights_only=True): {error}"
@@ -55,6 +58,7 @@ def load_tokens(module: nn.Module, source: Source, *, attribute: str) -> None:
 
     Raises:
         FileNotFoundError: no such file.
+        IsADirectoryError: a folder.
         ValueError: missing or surplus parameters, or other shapes, each named.
     """
     state = read_state(source)

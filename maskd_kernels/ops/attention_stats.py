@@ -63,8 +63,8 @@ def _forward(x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         for level, to_attention, to_mean in zip(x, attention, mean, strict=True):
             a = layout.dense_view(level)
             native.module().attention_stats_forward(
-                shape=native.map_shape(a),
-                x=native.describe(a),
+                shape=layout.map_shape(a),
+                x=layout.describe(a),
                 attention=native.address(to_attention),
                 mean=native.address(to_mean),
                 float64=level.dtype == torch.float64,
@@ -91,9 +91,9 @@ def _backward(x: list[Tensor], grad_attention: list[Tensor], grad_mean: list[Ten
         for level, from_attention, from_mean, result in zip(x, grad_attention, grad_mean, out, strict=True):
             a = layout.dense_view(level)
             native.module().attention_stats_backward(
-                shape=native.map_shape(a),
-                x=native.describe(a),
-                grad_x=native.describe(layout.dense_view(result)),
+                shape=layout.map_shape(a),
+                x=layout.describe(a),
+                grad_x=layout.describe(layout.dense_view(result)),
                 grad_attention=native.address(from_attention),
                 grad_mean=native.address(from_mean),
                 float64=level.dtype == torch.float64,

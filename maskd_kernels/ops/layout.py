@@ -96,6 +96,22 @@ def copy_all(destinations: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
         destination.copy_(source)
 
 
-def describe_result(results: Sequence[Tensor], level: int) -> tuple[Any, ...]:
+Address = tuple[int, int, tuple[int, int, int], tuple[int, int, int], int]
+ABSENT: Address = (0, 0, (0, 0, 0), (0, 0, 0), 0)
+
+
+def describe(feature: Feature) -> Address:
+    """A feature as the extension takes it: address, dtype code, shape, strides, elements up to its memory's end."""
+    x = feature.tensor
+    available = x.untyped_storage().nbytes() // x.element_size() - int(x.storage_offset())
+    return x.data_ptr(), native.DTYPE_CODES[x.dtype], feature.shape, feature.stride, available
+
+
+def describe_result(results: Sequence[Tensor], level: int) -> Address:
     """A level's result as the extension takes it; absent where results are not wanted."""
-    return native.describe(dense_view(results[level])) if results else native.ABSENT
+    return describe(dense_view(results[level])) if results else ABSENT
+
+
+def map_shape(feature: Feature) -> Any:
+    """The size of a level and which axis is dense, as the extension takes them."""
+    return native.module().MapShape(*feature.shape, feature.interleaved, torch.get_num_threads())

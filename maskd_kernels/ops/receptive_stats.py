@@ -246,8 +246,8 @@ def native_levels(
         _, channels, pixels = t.shape
         levels.append(
             native.module().ReceptiveLevel(
-                teacher=native.describe(t),
-                student=native.ABSENT if s is None else native.describe(s),
+                teacher=layout.describe(t),
+                student=layout.ABSENT if s is None else layout.describe(s),
                 grad_teacher=layout.describe_result(grad_teacher, i),
                 grad_student=layout.describe_result(grad_student, i),
                 tokens=native.address(token),

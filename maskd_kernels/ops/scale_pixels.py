@@ -52,9 +52,9 @@ def _forward(x: list[Tensor], scale: list[Tensor]) -> list[Tensor]:
         for level, factor, result in zip(x, scale, out, strict=True):
             a = layout.dense_view(level)
             native.module().scale_pixels_forward(
-                shape=native.map_shape(a),
-                x=native.describe(a),
-                y=native.describe(layout.dense_view(result)),
+                shape=layout.map_shape(a),
+                x=layout.describe(a),
+                y=layout.describe(layout.dense_view(result)),
                 scale=native.address(factor),
                 float64=level.dtype == torch.float64,
             )
@@ -86,9 +86,9 @@ def _backward(x: list[Tensor], scale: list[Tensor], grad: list[Tensor], needs: l
             a = layout.dense_view(level)
             g = layout.with_layout(layout.dense_view(upstream), a.interleaved)
             native.module().scale_pixels_backward(
-                shape=native.map_shape(a),
-                x=native.describe(a),
-                grad_y=native.describe(g),
+                shape=layout.map_shape(a),
+                x=layout.describe(a),
+                grad_y=layout.describe(g),
                 grad_x=layout.describe_result(grad_x, i),
                 scale=native.address(factor),
                 grad_scale=native.address(grad_scale[i] if grad_scale else None),

@@ -61,9 +61,9 @@ def _forward(pred: list[Tensor], target: list[Tensor], scale: list[Tensor]) -> T
             p = layout.dense_view(raw)
             t = layout.with_layout(layout.dense_view(goal), p.interleaved)
             native.module().squared_error_forward(
-                shape=native.map_shape(p),
-                pred=native.describe(p),
-                target=native.describe(t),
+                shape=layout.map_shape(p),
+                pred=layout.describe(p),
+                target=layout.describe(t),
                 scale=native.address(scale[i] if scale else None),
                 error=native.address(out[i]),
                 float64=raw.dtype == torch.float64,
@@ -118,9 +118,9 @@ def _backward(
             p = layout.dense_view(raw)
             t = layout.with_layout(layout.dense_view(goal), p.interleaved)
             native.module().squared_error_backward(
-                shape=native.map_shape(p),
-                pred=native.describe(p),
-                target=native.describe(t),
+                shape=layout.map_shape(p),
+                pred=layout.describe(p),
+                target=layout.describe(t),
                 grad_pred=layout.describe_result(grad_pred, i),
                 grad_target=layout.describe_result(grad_target, i),
                 scale=native.address(scale[i] if scale else None),
