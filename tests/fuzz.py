@@ -81,10 +81,10 @@ class Case:
         x = self._made_odd(x if self.channel_dim == 1 else x.movedim(1, -1), 0.5)
         return self._keep(name, x)
 
-    def small(self, name, *shape, low=None):
+    def small(self, name, *shape, low=None, scale=0.5):
         """Tokens, weights, factors."""
         dtype = self.random.choice([d for d in DTYPES if d != torch.float16 and d in self.dtypes])
-        x = torch.randn(shape, generator=self.generator) * 0.5
+        x = torch.randn(shape, generator=self.generator) * scale
         x = (x if low is None else x.abs() + low).to(dtype)
         return self._keep(name, self._made_odd(x, 0.3))
 
@@ -111,7 +111,12 @@ class Case:
     def weighting(self, level):
         c, k = self.shapes[level][1], self.tokens
         sizes = ((c, c, 3, 3), (c,), (k, c, 1, 1), (k,))
-        return [self.small(f"weighting[{level}][{j}]", *size) for j, size in enumerate(sizes)]
+        # A 3x3 convolution's weights as large as training leaves them: no softmax of logits in the tens.
+        scales = (1 / (3 * c**0.5), 0.5, 0.5, 0.5)
+        return [
+            self.small(f"weighting[{level}][{j}]", *size, scale=scale)
+            for j, (size, scale) in enumerate(zip(sizes, scales, strict=True))
+        ]
 
     def maps(self, name):
         return [self.feature(f"{name}[{i}]", shape) for i, shape in enumerate(self.shapes)]
@@ -328,6 +333,23 @@ def off(a, b):
     return ((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-30)).item() if b.numel() else 0.0
 
 
+def errors_nearby(call, case, plain):
+    """PyTorch's own errors: in the case's very memory, then with inputs that differ from it in their last bits."""
+    with mk.use_backend("reference"):
+        for seed in range(9):
+            generator = torch.Generator().manual_seed(seed)
+            inputs = case.tensors
+            if seed > 0:
+                inputs = {}
+                for name, x in plain.items():
+                    last_bits = 2 * torch.finfo(x.dtype).eps * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+                    inputs[name] = (x.detach() * (1 + last_bits)).requires_grad_(x.requires_grad)
+            doubles = {n: x.detach().as_subclass(torch.Tensor).double() for n, x in inputs.items()}
+            doubles = {n: x.requires_grad_(inputs[n].requires_grad) for n, x in doubles.items()}
+            exact = results(call, doubles, case.grad_mode)
+            yield {n: off(x, exact[n]) for n, x in results(call, inputs, case.grad_mode).items()}
+
+
 def run(seed):
     """Raises where the case of this seed is not as exact as PyTorch is."""
     case = Case(seed)
@@ -352,9 +374,11 @@ def run(seed):
                 floor *= (
                     2  # the interpreter cuts bfloat16 off where hardware rounds: the error of each rounding doubles
                 )
-            theirs = off(eager[name], exact[name])
+            theirs, error = off(eager[name], exact[name]), off(value, exact[name])
             allowed = max(min(max(2 * theirs, floor), max(CAP[lowest], floor)), theirs)
-            error = off(value, exact[name])
+            if error > allowed:  # one result of PyTorch's may be exact by chance
+                theirs = max(theirs, *(errors[name] for errors in errors_nearby(call, case, plain)))
+                allowed = max(min(2 * theirs, max(CAP[lowest], floor)), theirs)
             assert error <= allowed, f"{name}: error {error:.2e} of the largest value, allowed {allowed:.2e}"
         with torch.no_grad():
             for n, x in case.tensors.items():
