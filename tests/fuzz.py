@@ -112,9 +112,8 @@ class Case:
             return x
         if self.odd == "subclass":
             return Wrapper(x)
-        if x.dtype in (torch.float32, torch.float64):
-            return torch.complex(torch.zeros_like(x), -x).conj().imag  # the negative bit is set
-        return x
+        # As `x.conj().imag` has it, but in every layout: what is in memory are the values negated.
+        return torch._neg_view(-x if 0 in x.stride() else x.neg_())
 
     def parameters(self, module, dtype=None):
         """A loss's own, by the names that ``torch.func.functional_call`` takes."""
