@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo study test fuzz sanitize bench gpu lint format clean help
+.PHONY: demo study test test-models fuzz sanitize bench gpu lint format clean help
 
 help:
 	@echo "make demo   distil a segmenter by every method, start to end (about 10 minutes on two cores)"
 	@echo "make study  what masks add to distilling a detector, five seeds (up to three hours on two cores; resumes)"
 	@echo "make test   all tests (GPU tests only where there is a GPU)"
+	@echo "make test-models  real models of transformers, timm, Lightning and Ultralytics, in an environment of their own"
 	@echo "make fuzz   random calls against the reference in float64 (SEED, CASES)"
 	@echo "make sanitize  fuzzer and kernel tests with AddressSanitizer and UndefinedBehaviorSanitizer in the C++ kernels"
 	@echo "make bench  microbenchmarks on the CPU against the published formula, torch.compile and a streaming pass"
@@ -31,6 +32,16 @@ study: $(INSTALLED)
 # Side by side: most of it is Triton's interpreter, one thread of Python. Threads that wait must not spin meanwhile.
 test: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal
+
+# The frameworks' newest releases beside the pinned torch. Nothing is downloaded but packages: all weights are random.
+MODELS_VENV := .venv-models
+MODELS := "transformers[torch]>=5" "timm>=1" "lightning>=2.5" "ultralytics>=8.4"
+
+test-models:
+	$(PYTHON) -m venv $(MODELS_VENV)
+	$(MODELS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable ".[test]" $(MODELS)
+	YOLO_CONFIG_DIR=$(abspath build) YOLO_OFFLINE=true $(MODELS_VENV)/bin/python -m pytest tests/test_models.py tests/test_documentation.py
 
 SEED ?= 0
 CASES ?= 3000

@@ -52,6 +52,61 @@ def test_training_learns_and_leaves_the_teacher_alone():
     assert {k.split(".")[0] for k in trainer.state_dict()} == {"mask_modules"}
 
 
+def test_several_layers_as_one_pyramid():
+    class Teacher(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), nn.Conv2d(4, 5, 1)
+
+        def forward(self, x):
+            return self.head(self.b(self.a(x)))
+
+    teacher = Teacher()
+    trainer = TokenTrainer(teacher, ["a", teacher.b], [8, 4])
+    output, dice = trainer(IMAGE)
+    first, first_dice = trainer.mask_modules[0](teacher.a(IMAGE))
+    second, second_dice = trainer.mask_modules[1](teacher.b(first))
+    torch.testing.assert_close(output, teacher.head(second))
+    torch.testing.assert_close(dice, first_dice + second_dice)
+
+
+@pytest.mark.parametrize("options", [{"levels": 1}, {"select": lambda output: output[1]}], ids=["levels", "select"])
+def test_levels_that_are_left_out_stay_as_they_are(options):
+    teacher = Net(8, "list")
+    trainer = TokenTrainer(teacher, "neck", 8, **options)
+    plain = teacher.neck(teacher.stem(IMAGE))
+    masked, expected_dice = trainer.mask_modules[0](plain[1])
+    left = []  # what the neck puts out: hooks run in their order, and the trainer's is there only during its call
+    teacher.head.register_forward_pre_hook(lambda _m, inputs: left.append(inputs[0]))
+    _, dice = trainer(IMAGE)
+    assert torch.equal(left[0], plain[0]), "the head reads level 0"
+    torch.testing.assert_close(dice, expected_dice)
+    assert not torch.equal(masked, plain[1])
+
+
+def test_token_sequences():
+    """The class token is left alone; the patches are masked, as a sequence and, weighted, as the grid they are."""
+
+    class Teacher(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.head(self.block(x))
+
+    teacher, x = Teacher(), torch.randn(2, 1 + 12, 8)
+    for options in ({"weight_mask": False}, {"grid": (3, 4)}):
+        trainer = TokenTrainer(teacher, "block", 8, channel_dim=-1, prefix_tokens=1, **options)
+        output, dice = trainer(x)
+        tokens = teacher.block(x)
+        grid = tokens[:, 1:].mT.unflatten(-1, (3, 4))  # [N, C, 3, 4]
+        masked, expected_dice = trainer.mask_modules[0](grid)
+        expected = teacher.head(torch.cat([tokens[:, :1], masked.flatten(2).mT], 1))
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(dice, expected_dice)
+
+
 def test_teacher_mode():
     teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5))
     trainer = TokenTrainer(teacher, "0", 8)
