@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 CASES = Path(__file__).parent / "ptx_cases.py"
 ROOT = CASES.parent.parent
 # Halves that take about as long as each other, so that they can run side by side.
-HALVES = {"the loss": "test_loss or odd_offset", "everything else": "not (test_loss or odd_offset)"}
+HALVES = {"the loss": "test_loss", "everything else": "not test_loss"}
 
 
 @pytest.mark.slow
