@@ -266,10 +266,11 @@ def reduce_stats_kernel(
         column = tl.where(i < SUMS_AT, i, i + (3 + tap % 3 - tap) * channels)  # where other tiles have it
     pixels, width = integer(levels.pixels, level), integer(widths, level)
     row = tl.num_programs(1) * integer(levels.first_tile, level) + n * tiles
+    written = (i < 2 * K + K * K) | ((i >= SUMS_AT) & (i < SUMS_AT + 9 * channels * SUMS))  # the rest is padding
     partial = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, tiles, ROWS):
         tile = start + tl.arange(0, ROWS)
-        valid = (tile < tiles)[:, None] & (i < SUMS_AT + 9 * channels * SUMS)[None, :]
+        valid = (tile < tiles)[:, None] & written[None, :]
         at = tl.where(is_edge(tile, pixels, width, BLOCK_P)[:, None], i[None, :], column[None, :])
         at += (row + tile[:, None]).to(tl.int64) * row_size
         partial += tl.load(partials + at, mask=valid, other=0.0)
