@@ -50,7 +50,8 @@ fuzz: $(INSTALLED)
 	$(BIN)/python tests/fuzz.py --seed $(SEED) --cases $(CASES)
 
 # The package beside a sanitized extension. The sanitizer's runtime must be there before Python is, and the C++ library
-# before it looks for what it intercepts; what Python and PyTorch never free is theirs: leaks are not looked for.
+# before it looks for what it intercepts; what Python and PyTorch never free is theirs: leaks are not looked for. Its report
+# goes past Python: pytest must not capture it.
 SANITIZED := build/sanitized
 SANITIZED_TESTS = tests/test_fuzz.py tests/test_receptive_stats.py tests/test_maskd_loss.py tests/test_streaming_ops.py \
 	tests/test_masked_conv.py tests/test_bindings.py
@@ -66,7 +67,7 @@ sanitize: $(INSTALLED)
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" && \
 	$(abspath $(BIN))/python -c 'import sys, pytest; from maskd_kernels import native; \
 		assert native.module().__file__.startswith("$(abspath $(SANITIZED))/"); sys.exit(pytest.main(sys.argv[1:]))' \
-		-p no:cacheprovider -k "not triton" $(abspath $(SANITIZED_TESTS))
+		-p no:cacheprovider --capture=sys -k "not triton" $(abspath $(SANITIZED_TESTS))
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench --json bench/results

@@ -42,7 +42,7 @@ constexpr int64_t kLanes = kVectorBytes / int64_t(sizeof(T));
 template <typename T, typename = std::enable_if_t<std::is_floating_point_v<T>>>
 struct VectorTypes {
   typedef T Aligned __attribute__((vector_size(64)));
-  typedef T Unaligned __attribute__((vector_size(64), aligned(alignof(T)), may_alias));
+  typedef T Unaligned __attribute__((vector_size(64), aligned(2), may_alias));  // also what holds pairs of halves
 };
 template <typename T>
 using Vec = typename VectorTypes<T>::Aligned;
