@@ -111,6 +111,32 @@ def draw_scaling(series: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure.savefig(path, dpi=130, format="png")
 
 
+def draw_steps(models: list[dict[str, Any]], path: Path) -> None:
+    """Bars of student, teacher and loss; a dot where the whole step was measured."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1 + sum(0.3 * len(m["rows"]) + 0.6 for m in models)), layout="constrained")
+    axes = figure.subplots(len(models), 1, squeeze=False)[:, 0]
+    for axis, model in zip(axes, models, strict=True):
+        rows = model["rows"]
+        names, left = [row["name"] for row in rows], [0.0] * len(rows)
+        parts = {
+            "student": [rows[0]["median_ms"]] * len(rows),
+            "teacher": [row.get("teacher_ms", 0.0) for row in rows],
+            "loss": [row.get("loss_ms", 0.0) for row in rows],
+        }
+        for label, widths in parts.items():
+            axis.barh(names, widths, left=left, height=0.7, label=label)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        axis.plot([row["median_ms"] for row in rows], names, "k.", label="the whole step, measured")
+        axis.tick_params(labelsize=7)
+        axis.set_title(model["title"], fontsize=8, loc="left")
+        axis.invert_yaxis()
+    axes[0].legend(frameon=False, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.1), ncols=4)
+    axes[-1].set_xlabel("ms, medians; each part measured by itself", fontsize=8)
+    figure.savefig(path, dpi=130, format="png")
+
+
 def main() -> None:
     """All pictures, of the first device that has results."""
     suites = {name: load(name) for name in ("maskd", "operators")}
@@ -121,6 +147,9 @@ def main() -> None:
     scaling = load("scaling")
     if scaling:
         draw_scaling(scaling[0][1]["series"], FOLDER / "scaling.png")
+    steps = load("end_to_end")
+    if steps:
+        draw_steps(steps[0][1]["models"], FOLDER / "end_to_end.png")
 
 
 if __name__ == "__main__":
