@@ -213,8 +213,8 @@ def teacher_alone(distiller: Distiller, inputs: Sequence[Any]) -> Callable[[], N
 def measure(setup: Setup, device: str, seconds: float) -> list[dict[str, Any]]:
     """Rows: each kind's step, its parts measured by themselves, and its memory."""
     steps, distillers, losses = build(setup, device)
-    for step in steps.values():
-        step()
+    for name, step in steps.items():
+        print(f"  {name}: first step {time_once(step) / 1e3:.1f} s", flush=True)
     calls = {(name, "step"): step for name, step in steps.items()}
     calls |= {(name, "teacher"): teacher_alone(d, setup.inputs) for name, d in distillers.items() if name != PUBLISHED}
     calls |= {(name, "loss"): loss.alone() for name, loss in losses.items()}
