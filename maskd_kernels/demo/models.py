@@ -31,22 +31,28 @@ class PyramidSegmenter(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[N, 11, H, W]`` of images ``[N, 3, H, W]``."""
-        levels = self.fpn(self.backbone(images))
-        logits = self.head(levels["0"])
-        return F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False)
+        return logits_of(self.head, self.fpn(self.backbone(images)), images)
+
+
+def logits_of(head: nn.Module, levels: dict[str, Tensor], images: Tensor) -> Tensor:
+    """The head's logits on the finest level, at the images' size."""
+    return F.interpolate(head(levels["0"]), size=images.shape[2:], mode="bilinear", align_corners=False)
 
 
 class Remembered(nn.Module):
     """A teacher that has seen all scenes already: nothing augments them, so its pyramids are computed once.
+
+    Tokens are learned on its head, students under its pyramid alone, where a ``Distiller`` stops it.
 
     Set ``numbers``, those of a batch's scenes, before a call.
     """
 
     def __init__(self, teacher: PyramidSegmenter, scenes: Tensor) -> None:
         super().__init__()
-        self.fpn = nn.Identity()  # what a Tap names
-        self.numbers: Tensor | None = None
         prepared = prepare_teacher(teacher, taps=["fpn"])
+        self.fpn = nn.Identity()  # what a Tap names
+        self.head = prepared.head
+        self.numbers: Tensor | None = None
         self.levels: dict[str, Tensor] = {}
         for start in range(0, len(scenes), 50):
             for key, level in prepared.fpn(prepared.backbone(scenes[start : start + 50])).items():
@@ -56,9 +62,10 @@ class Remembered(nn.Module):
                     )
                 self.levels[key][start : start + 50] = level
 
-    def forward(self, _images: Tensor) -> dict[str, Tensor]:
-        """The pyramid of the scenes ``numbers``."""
-        return self.fpn({key: level[self.numbers] for key, level in self.levels.items()})
+    def forward(self, images: Tensor) -> Tensor:
+        """The teacher's logits for the scenes ``numbers``."""
+        levels = self.fpn({key: level[self.numbers] for key, level in self.levels.items()})
+        return logits_of(self.head, levels, images)
 
 
 def build_teacher() -> PyramidSegmenter:

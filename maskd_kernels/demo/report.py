@@ -35,7 +35,7 @@ def time_loss(demo: Demo, teacher: PyramidSegmenter, student: nn.Module, loss: M
     def published() -> Tensor:
         levels = zip(s, t, modules, strict=True)
         return torch.stack(
-            [reference.published_maskd_loss(a, b, m.mask_token, m.weighting, customize=True) for a, b, m in levels]
+            [reference.published_maskd_loss(a, b, m.mask_token, m.weighting) for a, b, m in levels]
         ).sum()
 
     times: dict[str, list[float]] = {"fused": [], "published": []}
@@ -67,16 +67,17 @@ def mask_kinds(demo: Demo, teacher: PyramidSegmenter, scenes: Tensor) -> dict[st
     """What each method masks on the teacher's finest level, ``[n, h, w]`` in 0..1."""
     with torch.no_grad():
         finest = teacher.fpn(teacher.backbone(scenes))["0"]
-        maskd, mgd, amd = (demo.loss(method, 1).to(demo.device) for method in ("maskd", "mgd", "amd"))
+        maskd, mgd, amd = (demo.loss(method).to(demo.device) for method in ("maskd", "mgd", "amd"))
         assert isinstance(maskd, MasKDLoss)
         assert isinstance(mgd, MGDLoss)
         assert isinstance(amd, AMDLoss)
         tokens: Any = maskd.mask_modules[0]
-        weighted = (tokens.forward_prob(finest).flatten(1)[..., None, None] * tokens.forward_mask(finest)).sum(1)
+        masks = tokens.forward_mask(finest)  # [n, K, h, w]
         generator = torch.Generator(demo.device).manual_seed(0)
-        kept = torch.rand(weighted.shape, device=demo.device, generator=generator) <= 1 - mgd.lambda_mgd
+        kept = torch.rand(finest[:, 0].shape, device=demo.device, generator=generator) <= 1 - mgd.lambda_mgd
         return {
-            "MasKD: weighted tokens": weighted,
+            **{f"MasKD: token {k + 1}": masks[:, k] for k in range(masks.shape[1])},
+            "MasKD: mean of tokens": masks.mean(1),
             "MGD: random": kept,
             "AMD: salient masked": amd.keep(amd.attention(finest)),
         }
@@ -120,7 +121,7 @@ def run(out: Path, settings: Settings | None = None) -> dict[str, Any]:
         rows.append(
             (name, shown.get(name, ""), f"{mean:.2f}{spread}", f"{mean - base:+.2f}" * (name != "student alone"))
         )
-    maskd = demo.loss("maskd", settings.student_steps).to(device)
+    maskd = demo.loss("maskd").to(device)
     assert isinstance(maskd, MasKDLoss)
     loss_ms = time_loss(demo, teacher, demo.loaded(students["maskd"][0]), maskd)
     minutes = (time.perf_counter() - start) / 60

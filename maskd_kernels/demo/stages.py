@@ -32,7 +32,7 @@ class Settings:
     test_scenes: int = 800
     batch: int = 16
     teacher_steps: int = 800
-    token_steps: int = 150
+    token_steps: int = 600  # on the head alone, a tenth of a student's step each
     student_steps: int = 300
     trial_steps: int = 60  # of the students that choose a loss weight
     teacher_learning_rate: float = 3e-3
@@ -127,13 +127,17 @@ class Demo:
         path = self.out / "tokens.pth"
 
         def trainer() -> TokenTrainer:
-            return TokenTrainer(teacher, "fpn", [CHANNELS] * 3, num_tokens=self.settings.num_tokens).to(self.device)
+            # Unweighted, as the authors do for segmentation: a learned weighting favours the token that covers all.
+            settings: dict[str, Any] = {"num_tokens": self.settings.num_tokens, "weight_mask": False}
+            return TokenTrainer(self.remembered(teacher), "fpn", [CHANNELS] * 3, **settings).to(self.device)
 
         def compute() -> dict[str, Any]:
             torch.manual_seed(0)
+            remembered = self.remembered(teacher)
             with trainer() as tokens:
 
-                def step(scenes: Tensor, labels: Tensor, _numbers: Tensor) -> tuple[Tensor, Tensor]:
+                def step(scenes: Tensor, labels: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+                    remembered.numbers = numbers
                     logits, dice = tokens(scenes)
                     return F.cross_entropy(logits, labels), dice
 
@@ -153,13 +157,13 @@ class Demo:
             self.memory = Remembered(teacher, self.data["train"].scenes)
         return self.memory
 
-    def loss(self, method: str, steps: int) -> nn.Module:
-        """A fresh distillation loss over the pyramid, for a training of this length."""
+    def loss(self, method: str) -> nn.Module:
+        """A fresh distillation loss over the pyramid."""
         channels, tokens = [CHANNELS] * 3, self.settings.num_tokens
         if method == "mse":
             return FeatureMSE()
         if method == "maskd":
-            return MasKDLoss(channels, tokens, custom_mask_warmup=steps // 2, pretrained=self.out / "tokens.pth")
+            return MasKDLoss(channels, tokens, weight_mask=False, custom_mask=False, pretrained=self.out / "tokens.pth")
         return (
             MGDLoss(channels, channels, **MGD_PRESETS["segmentation"])
             if method == "mgd"
@@ -187,7 +191,7 @@ class Demo:
             if method == "alone":
                 curve = fit(alone, list(model.parameters()), data, s.batch, steps, seed, name, s.student_learning_rate)
             else:
-                tap = Tap("fpn", "fpn", self.loss(method, steps), name=method, weight=weight)
+                tap = Tap("fpn", "fpn", self.loss(method), name=method, weight=weight)
                 remembered = self.remembered(teacher)
                 remembered.numbers = torch.zeros(1, dtype=torch.int64, device=self.device)
                 example = data.scenes[:1]
