@@ -26,7 +26,8 @@ def info() -> str:
     if torch.cuda.is_available():
         lines.append(f"GPU {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
     else:
-        lines.append("GPU none that torch can use")
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
+        lines.append(f"GPU none: no CUDA device that torch can use ({built})")
     lines.append(f"backend forced: {backends.current_backend()}")
     lines.append("reference  available: plain PyTorch, any device")
     if native.available():
@@ -37,7 +38,9 @@ def info() -> str:
         )
     else:
         lines.append(f"native     missing: {native.why_unavailable()}")
-    reason = backends.why_no_triton("cuda") if torch.cuda.is_available() else backends.why_no_triton("cpu")
+    reason = backends.why_no_triton("cuda")
+    if reason is None and not torch.cuda.is_available():
+        reason = "there is no CUDA device" if not backends.interpreting() else None
     lines.append(f"triton     missing: {reason}" if reason else "triton     available: kernels for CUDA tensors")
     return "\n".join(lines)
 

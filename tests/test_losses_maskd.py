@@ -1,5 +1,6 @@
 """MasKD's modules: checkpoints, the warm-up counter, compilation."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -146,7 +147,7 @@ def test_bad_checkpoints(tmp_path, capsys):
         MasKDLoss(10, pretrained=saved(MasKDLoss(9).state_dict()))
     with pytest.raises(ValueError, match=r"missing mask_modules.0.prob.0.bias, .*are weight_mask"):
         MasKDLoss(10, pretrained=saved(MasKDLoss(10, weight_mask=False).state_dict()))
-    with pytest.raises(ValueError, match=r"not expected mask_modules.1.mask_token"):
+    with pytest.raises(ValueError, match=r"holds 2 level\(s\), the module has 1"):
         MasKDLoss(10, pretrained=saved(MasKDLoss([10, 10]).state_dict()))
     with pytest.raises(ValueError, match=r"mask_module.mask_token: expected \[8, 21\], got \[8, 19\]"):
         MasKDSegLoss(21, pretrained=RELEASED)
@@ -221,3 +222,42 @@ def test_memory_is_one_gradient():
     with Watch():
         loss_fn(student, teacher).backward()
     assert largest <= student.numel()
+
+
+def test_random_tokens_are_warned_of(tmp_path):
+    x, y = [torch.randn(1, 8, 4, 4)], [torch.randn(1, 8, 4, 4)]
+
+    def warned(loss, *features):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                loss(*(features or (x, y)))
+        return [str(w.message) for w in found]
+
+    loss = MasKDLoss(8)
+    (message,) = warned(loss)
+    assert "MasKDLoss: the receptive tokens are random" in message
+    assert "TokenTrainer" in message
+    (message,) = warned(MasKDSegLoss(8), x[0], y[0])
+    assert "MasKDSegLoss" in message
+    torch.save(loss.state_dict(), tmp_path / "tokens.pth")
+    loaded = MasKDLoss(8)
+    loaded.load_state_dict(loss.state_dict())
+    inside = torch.nn.ModuleList([MasKDLoss(8)])
+    inside.load_state_dict({f"0.{name}": value for name, value in loss.state_dict().items()})
+    shared = MasKDLoss(8)
+    shared.mask_modules[0](x[0])  # as TokenTrainer calls it
+    for quiet in (
+        loaded,
+        inside[0],
+        shared,
+        MasKDLoss(8, pretrained=tmp_path / "tokens.pth"),
+        MasKDLoss(8, train_tokens=True),
+    ):
+        assert not warned(quiet)
+
+
+def test_tokens_of_another_number_of_levels(tmp_path):
+    torch.save(MasKDLoss([8] * 3).state_dict(), tmp_path / "tokens.pth")
+    with pytest.raises(ValueError, match=r"tokens.pth holds 3 level\(s\), the module has 5"):
+        MasKDLoss([8] * 5, pretrained=tmp_path / "tokens.pth")

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from helpers import parameters_of_processes
@@ -194,6 +195,9 @@ def test_plot_masks(tmp_path):
     plot_masks(torch.rand(3, 32, 48), torch.rand(6, 8, 12), tmp_path / "masks.png", title="six tokens")
     assert (tmp_path / "masks.png").read_bytes().startswith(b"\x89PNG")
     plot_masks(torch.randint(0, 255, (1, 16, 16), dtype=torch.uint8), torch.rand(1, 4, 4), tmp_path / "one.png")
+    picture = np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8)
+    plot_masks(picture, np.ones((2, 8, 12), dtype=np.float32), tmp_path / "numpy.png")
+    assert (tmp_path / "numpy.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"masks: expected \[K, h, w\], got \[1, 6, 8, 12\]"):
         plot_masks(torch.rand(3, 32, 48), torch.rand(1, 6, 8, 12), tmp_path / "bad.png")
     with pytest.raises(ValueError, match=r"image: expected \[3, H, W\] or \[1, H, W\], got \[4, 8, 8\]"):

@@ -13,7 +13,8 @@ def plot_masks(image: Tensor, masks: Tensor, path: str | os.PathLike[str], *, ti
     """Writes a PNG of the K masks over an image.
 
     Args:
-        image: ``[3, H, W]`` or ``[1, H, W]``; uint8, or floating: its smallest value becomes black, its largest white.
+        image: ``[3, H, W]`` or ``[1, H, W]``, or a NumPy image ``[H, W, 3]``; uint8, or floating: its smallest value
+            becomes black, its largest white.
         masks: ``[K, h, w]`` with values from 0 to 1, of any size; they are interpolated to the image's.
         path: where the PNG goes.
         title: a line above.
@@ -22,6 +23,9 @@ def plot_masks(image: Tensor, masks: Tensor, path: str | os.PathLike[str], *, ti
         ValueError: shapes other than these.
         ImportError: matplotlib is not installed (``pip install "maskd-kernels[plot]"``).
     """
+    image, masks = torch.as_tensor(image), torch.as_tensor(masks)
+    if image.dim() == 3 and image.shape[0] not in (1, 3) and image.shape[2] in (1, 3):
+        image = image.movedim(-1, 0)
     if image.dim() != 3 or image.shape[0] not in (1, 3):
         raise ValueError(f"image: expected [3, H, W] or [1, H, W], got {list(image.shape)}")
     if masks.dim() != 3 or masks.shape[0] < 1:

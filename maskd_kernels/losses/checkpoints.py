@@ -78,6 +78,9 @@ def load_tokens(module: nn.Module, source: Source, *, attribute: str) -> None:
     if not any(key.endswith("mask_token") for key in found):
         some = ", ".join(list(state)[:3]) or "nothing"
         raise ValueError(f"pretrained: no receptive tokens (mask_token) in {where}, which holds {some}")
+    held, wanted = (len({key.split(".")[1] for key in keys}) for keys in (found, expected))
+    if attribute == "mask_modules" and held != wanted:
+        raise ValueError(f"pretrained: {where} holds {held} level(s), the module has {wanted}")
     missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or surplus:
         raise ValueError(

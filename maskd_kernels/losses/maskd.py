@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ class MaskModule(nn.Module):
         super().__init__()
         channels, num_tokens = check_count(channels, "channels"), check_count(num_tokens, "num_tokens")
         self.weight_mask = weight_mask
+        self.learned = False  # whether the tokens were loaded, or have been used as in training
         self.mask_token = nn.Parameter(torch.randn(num_tokens, channels) * 0.01)
         if weight_mask:
             self.prob = nn.Sequential(
@@ -80,12 +82,30 @@ class MaskModule(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Masked features, shaped as ``x``, and the Dice coefficient between the masks, a scalar."""
+        self.learned = True
         return functional.masked_features(x, self.mask_token, weighting=self.weighting)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.learned = True
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """Tokens, channels and weighting, for ``print``."""
         k, c = self.mask_token.shape
         return f"channels={c}, num_tokens={k}, weight_mask={self.weight_mask}"
+
+
+def _warn_of_random_tokens(loss: nn.Module, modules: Sequence[MaskModule]) -> None:
+    """Once per loss; not where its tokens are trained, or have been."""
+    if torch.compiler.is_compiling() or all([m.learned or m.mask_token.requires_grad for m in modules]):
+        return
+    for module in modules:
+        module.learned = True
+    warnings.warn(
+        f"{type(loss).__name__}: the receptive tokens are random, and so are the masks. Learn them on the teacher with "
+        "TokenTrainer and pass pretrained=..., or load a state_dict; train_tokens=True trains them with the student",
+        stacklevel=5,  # who called the module
+    )
 
 
 class MasKDLoss(nn.Module):
@@ -103,7 +123,8 @@ class MasKDLoss(nn.Module):
         custom_mask: whether, after the warm-up, masks are multiplied by those of the student's own features.
         custom_mask_warmup: calls before that begins.
         pretrained: learned tokens to load: a checkpoint of the authors or of ``TokenTrainer``, plain or nested under
-            ``state_dict``, with any prefix before ``mask_modules``.
+            ``state_dict``, with any prefix before ``mask_modules``. Without them, and without a ``state_dict`` loaded
+            later or ``train_tokens``, the first call warns: random tokens mask at random.
         loss_weight: factor on the loss.
         train_tokens: whether tokens and weighting receive gradients. Off: learned tokens are fixed while distilling.
 
@@ -163,6 +184,7 @@ class MasKDLoss(nn.Module):
             TypeError: integer features or something that is no tensor.
         """
         modules: list[Any] = list(self.mask_modules)
+        _warn_of_random_tokens(self, modules)
         customize: bool | Tensor = False
         if self.custom_mask:
             customize = self._iter >= self.custom_mask_warmup
@@ -236,6 +258,7 @@ class MasKDSegLoss(nn.Module):
             ValueError: shapes, channels or devices that do not match.
             TypeError: integer logits or something that is no tensor.
         """
+        _warn_of_random_tokens(self, [self.mask_module])
         loss = functional.maskd_loss(y_s, y_t, self.mask_module.mask_token, eps=1e-5)
         assert isinstance(loss, Tensor)
         return self.loss_weight * loss
