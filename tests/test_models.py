@@ -166,9 +166,9 @@ def test_yolo_neck_is_one_pyramid():
 
 def test_yolo_checkpoints_hold_nothing_of_the_distiller(tmp_path):
     """Whole modules are pickled: the student's, and its moving average made while it trains."""
+    distiller = distilled_yolo()
     from ultralytics.utils.torch_utils import ModelEMA
 
-    distiller = distilled_yolo()
     average = ModelEMA(distiller.student)
     distiller(BATCH)
     average.update(distiller.student)
