@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import triton
 
 WIDTH = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}  # bytes of a load; otherwise 4
-ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i32": 4}  # half types may be read two at a time
 
 # By the opcode's beginning; the first that fits. Whatever is left over computes integers.
 CLASSES = {
@@ -34,14 +34,19 @@ CLASSES = {
 }
 # Shifts that make float32 of bfloat16.
 BFLOAT16 = re.compile(
-    r"IMAD\.U32 \w+, \w+, 0x10000,|LOP3\.LUT \w+, \w+, 0xffff0000,|SHL\b.*, 0x10,|IMAD\.SHL.*0x10000,"
+    r"IMAD\.(?:U32|SHL\S*) \w+, \w+(?:\.reuse)?, 0x10000,|LOP3\.LUT \w+, \w+(?:\.reuse)?, 0xffff0000,|SH\S*L\b.*, 0x10,"
 )
 
 
 class Instruction(NamedTuple):
+    """Of machine code, or of PTX."""
+
     predicate: str
     opcode: str
     operands: str
+    target: str | None  # of a branch
+    falls_through: bool
+    load_bytes: int  # of a lane, from global memory
 
     @property
     def kind(self) -> str:
@@ -49,24 +54,6 @@ class Instruction(NamedTuple):
         if BFLOAT16.match(text):
             return "convert"
         return next((kind for kind, pattern in CLASSES.items() if re.match(pattern, self.opcode)), "integer")
-
-    @property
-    def load_bytes(self) -> int:
-        """Of a lane, from global memory."""
-        if not re.match(r"LDG\b|LDG\.|LDGSTS", self.opcode):
-            return 0
-        return next((WIDTH[part] for part in self.opcode.split(".") if part in WIDTH), 4)
-
-    @property
-    def target(self) -> str | None:
-        found = re.search(r"`\((\.L_x_\d+)\)", self.operands)
-        return found.group(1) if found and re.match(r"BRA|BRX|JMP", self.opcode) else None
-
-    @property
-    def falls_through(self) -> bool:
-        if self.opcode.startswith(("BRA", "JMP")):
-            return bool(self.predicate) or not self.operands.startswith("`")
-        return bool(self.predicate) or not re.match(r"EXIT|RET|BRX", self.opcode)
 
 
 class Loop(NamedTuple):
@@ -107,7 +94,33 @@ def disassemble(cubin: bytes) -> list[Instruction | str]:
         if label := re.match(r"(\.L_x_\d+):", line):
             result.append(label.group(1))
         elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", line):
-            result.append(Instruction(found.group(1) or "", found.group(2), found.group(3).strip()))
+            predicate, opcode, operands = found.group(1) or "", found.group(2), found.group(3).strip()
+            to = re.search(r"`\((\.L_x_\d+)\)", operands) if opcode.startswith("BRA") else None
+            always = not predicate and (not to or operands.startswith("`"))
+            leaves = always and re.match(r"BRA|BRX|JMP|EXIT|RET", opcode) is not None
+            size = 0
+            if re.match(r"LDG\.|LDGSTS", opcode):
+                size = next((WIDTH[part] for part in opcode.split(".") if part in WIDTH), 4)
+            result.append(Instruction(predicate, opcode, operands, to and to.group(1), not leaves, size))
+    return result
+
+
+def parse_ptx(ptx: str) -> list[Instruction | str]:
+    """As far as loops and what they load are concerned."""
+    result: list[Instruction | str] = []
+    for line in ptx.splitlines():
+        if label := re.match(r"(\$L\w+):", line):
+            result.append(label.group(1))
+        elif found := re.match(r"\s+(?:@(!?%\w+)\s+)?([a-z][\w.:]*)\s*([^;]*);", line):
+            predicate, opcode, operands = found.group(1) or "", found.group(2), found.group(3)
+            to = re.search(r"(\$L\w+)", operands) if opcode.startswith("bra") else None
+            leaves = not predicate and re.match(r"bra|ret|exit", opcode) is not None
+            size = 0
+            if load := re.match(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bfus](\d+)$", opcode):
+                size = int(load.group(1) or 1) * int(load.group(2)) // 8
+            elif opcode.startswith("cp.async.c"):
+                size = int(re.findall(r", (?:0x)?([0-9a-f]+)", operands)[0], 0)
+            result.append(Instruction(predicate, opcode, operands, to and to.group(1), not leaves, size))
     return result
 
 
@@ -166,8 +179,9 @@ def tiles(ttgir: str, reads: int, item_bytes: int) -> list[int]:
             stack.pop()
         inside = next((i for i in reversed(stack) if i is not None), None)
         load = re.search(r"(?:tt\.load|ttg\.async_copy_global_to_local) .*: tensor<((?:\d+x)+)!tt\.ptr<(\w+)>", text)
-        if load and inside is not None and ITEM_BYTES.get(load.group(2)) == item_bytes:
-            shape = tuple(int(n) for n in load.group(1).split("x")[:-1])
+        size = ITEM_BYTES.get(load.group(2), 0) if load and (load.group(2) != "f32" or item_bytes == 4) else 0
+        if load and inside is not None and size >= item_bytes:
+            shape = (*(int(n) for n in load.group(1).split("x")[:-1]), size // item_bytes)
             found[inside][shape] += 1
         if text.endswith("{"):
             is_loop = re.search(r"\bscf\.(for|while)\b", text) is not None
@@ -176,7 +190,7 @@ def tiles(ttgir: str, reads: int, item_bytes: int) -> list[int]:
                 found.append(Counter())
     result = []
     for shapes in found:
-        totals = [_product(shape) * count for shape, count in shapes.items() if len(shape) > 1]
+        totals = [_product(shape) * count for shape, count in shapes.items() if len(shape) > 2]
         if totals:
             result.append(max(totals) // reads)
     return result
@@ -237,10 +251,15 @@ def count(kernel: Any, reads: int, item_bytes: int) -> Code:
     code = disassemble(kernel.asm["cubin"])
     bodies = loops(code) if reads else []
     sizes = tiles(kernel.asm["ttgir"], reads, item_bytes) if reads else []
-    if len(bodies) != len(sizes):
-        raise ValueError(f"{kernel.name}: expected a loop in the machine code for each of {sizes}, got {len(bodies)}")
+    written = loops(parse_ptx(kernel.asm["ptx"])) if reads else []
+    if not len(bodies) == len(sizes) == len(written):
+        found = f"{len(sizes)} in Triton's code, {len(written)} in PTX, {len(bodies)} in machine code"
+        raise ValueError(f"{kernel.name}: expected the same loops over features everywhere, got {found}")
     counted = []
-    for body, elements in zip(bodies, sizes, strict=True):
+    for body, before, size in zip(bodies, written, sizes, strict=True):
+        # The assembler unrolls short loops.
+        unrolled = max(round(sum(x.load_bytes for x in body) / sum(x.load_bytes for x in before)), 1)
+        elements = size * unrolled
         classes = Counter(x.kind for x in body)
         kinds = [*CLASSES, "integer"]
         counted.append(

@@ -1,6 +1,6 @@
 """Triton kernels of ``attention_stats``. Equations and traffic: csrc/attention_stats.h.
 
-One program takes a tile of ``STREAM_P`` pixels of one image on one level and walks its channels. Sums over pixels are
+One program takes a tile of ``STREAM_PIXELS`` pixels of one image on one level, see streams.py. Sums over pixels are
 written per tile and added in a fixed order, so that results are bitwise repeatable. 64-bit offsets; float32 arithmetic.
 """
 
@@ -14,16 +14,7 @@ from torch import Tensor
 
 from maskd_kernels.ops import layout
 from maskd_kernels.triton.common import (
-    NARROW_STREAM_C,
-    STREAM_C,
-    STREAM_P,
-    STREAM_WARPS,
-    WIDE,
-    aligned,
     as_levels,
-    feature_offsets,
-    integer,
-    level_of,
     new_partials,
     on_its_device,
     partial_row,
@@ -33,39 +24,56 @@ from maskd_kernels.triton.common import (
     runs,
     strides_of,
 )
+from maskd_kernels.triton.streams import (
+    STREAM_PIXELS,
+    STREAM_WARPS,
+    accumulator,
+    across_columns,
+    along_columns,
+    dense_destination,
+    is_wide,
+    present,
+    read,
+    read_step,
+    rows,
+    shape_of,
+    source,
+    walk_of,
+    write_step,
+)
 
 
 @triton.jit
-def forward_tile(
-    x,
-    attention,
-    partial,
-    n,
-    p,
-    channels,
-    pixels,
-    x_n,
-    x_stride,
-    ALIGN: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    X_INTERLEAVED: tl.constexpr,
+def forward_level(
+    x, attention, partials, levels, x_strides, row_size, NARROW: tl.constexpr, SHAPE: tl.constexpr, PIXELS: tl.constexpr
 ):
-    x_n, x_stride = aligned(x_n, ALIGN), aligned(x_stride, ALIGN)
-    if X_INTERLEAVED:
-        channels = aligned(channels, ALIGN)
+    walk = walk_of(levels, NARROW, SHAPE, PIXELS)
+    plane = source(x, x_strides, walk, NARROW, SHAPE, SHAPE[3])
+    partial = partials + partial_row(tl.program_id(0), walk.n, walk.level, levels) * row_size
+    strength = pick(attention, walk.level) + walk.n * walk.pixels
+    at, total = plane.pointer, accumulator(walk, SHAPE)
+    per_channel, per_pixel = 1.0 / walk.pixels, 1.0 / walk.channels
+    if SHAPE[3]:
+        row = strength + rows(walk, SHAPE)
     else:
-        pixels = aligned(pixels, ALIGN)
-    inside = p < pixels
-    strength = tl.zeros([BLOCK_P], tl.float32)
-    for start in range(0, channels, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        valid = (c < channels)[:, None] & inside[None, :]
-        at = feature_offsets(n, c, p, x_n, x_stride, X_INTERLEAVED)
-        value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
-        strength += tl.sum(tl.abs(value), 0)
-        tl.store(partial + c, tl.sum(value, 1) / pixels, mask=c < channels)
-    tl.store(attention + n * pixels + p, strength / channels, mask=inside)
+        row = partial + rows(walk, SHAPE)
+    for start in range(walk.first, walk.last, SHAPE[1]):
+        in_row = present(start, walk, NARROW, SHAPE)
+        valid = in_row[:, None, None] & walk.exists[None, :, :]
+        value = read_step(at, plane.offsets, valid)
+        if SHAPE[3]:
+            total += value
+            tl.store(row, across_columns(tl.abs(value)) * per_pixel, mask=in_row)
+        else:
+            total += tl.abs(value)
+            tl.store(row, across_columns(value) * per_channel, mask=in_row)
+        row += SHAPE[1]
+        at += plane.step
+    total = tl.sum(total, 0)
+    if SHAPE[3]:
+        tl.store(partial + walk.column, total * per_channel, mask=walk.exists)
+    else:
+        tl.store(strength + walk.column, total * per_pixel, mask=walk.exists)
 
 
 @triton.jit(do_not_specialize=["row_size"])
@@ -76,70 +84,59 @@ def forward_kernel(
     levels,
     x_strides,
     row_size,
-    BLOCK_C: tl.constexpr,
-    NARROW_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    X_INTERLEAVED: tl.constexpr,
+    SHAPE: tl.constexpr,
+    PIXELS: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    n = tl.program_id(1).to(tl.int64)
-    level = level_of(tile, levels)
     for narrow in tl.static_range(2):
-        if integer(levels.wide, level) != narrow:
-            forward_tile(
-                pick(x, level),
-                pick(attention, level),
-                partials + partial_row(tile, n, level, levels) * row_size,
-                n,
-                (tile - integer(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
-                integer(levels.channels, level),
-                integer(levels.pixels, level),
-                integer(x_strides.image, level),
-                integer(x_strides.rest, level),
-                1 if narrow else WIDE,
-                NARROW_C if narrow else BLOCK_C,
-                BLOCK_P,
-                X_INTERLEAVED,
-            )
+        if is_wide(levels, PIXELS) != narrow:
+            forward_level(x, attention, partials, levels, x_strides, row_size, narrow, SHAPE, PIXELS)
 
 
 @triton.jit
-def backward_tile(
+def backward_level(
     x,
     grad_attention,
     grad_mean,
     grad_x,
-    n,
-    p,
-    channels,
-    pixels,
-    x_n,
-    x_stride,
-    ALIGN: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    X_INTERLEAVED: tl.constexpr,
+    levels,
+    x_strides,
+    NARROW: tl.constexpr,
+    SHAPE: tl.constexpr,
+    PIXELS: tl.constexpr,
 ):
-    x_n, x_stride = aligned(x_n, ALIGN), aligned(x_stride, ALIGN)
-    if X_INTERLEAVED:
-        channels = aligned(channels, ALIGN)
+    walk = walk_of(levels, NARROW, SHAPE, PIXELS)
+    plane, grad = source(x, x_strides, walk, NARROW, SHAPE, SHAPE[3]), dense_destination(grad_x, walk, SHAPE)
+    at, to = plane.pointer, grad.pointer
+    g_attention = pick(grad_attention, walk.level) + walk.n * walk.pixels
+    g_mean = pick(grad_mean, walk.level) + walk.n * walk.channels
+    per_channel, per_pixel = 1.0 / walk.pixels, 1.0 / walk.channels
+    if SHAPE[3]:
+        of_column = along_columns(g_mean, walk) * per_channel
+        row = g_attention + rows(walk, SHAPE)
     else:
-        pixels = aligned(pixels, ALIGN)
-    grad_n, grad_stride = channels.to(tl.int64) * pixels, pixels
-    if X_INTERLEAVED:
-        grad_stride = channels
-    inside = p < pixels
-    g_attention = tl.load(grad_attention + n * pixels + p, mask=inside, other=0.0) / channels
-    for start in range(0, channels, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        valid = (c < channels)[:, None] & inside[None, :]
-        at = feature_offsets(n, c, p, x_n, x_stride, X_INTERLEAVED)
-        value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
-        g_mean = tl.load(grad_mean + n * channels + c, mask=c < channels, other=0.0) / pixels
-        sign = tl.where(value > 0, 1.0, tl.where(value < 0, -1.0, 0.0))
-        at = feature_offsets(n, c, p, grad_n, grad_stride, X_INTERLEAVED)
-        gradient = sign * g_attention[None, :] + g_mean[:, None]
-        tl.store(grad_x + at, gradient.to(grad_x.dtype.element_ty), mask=valid)
+        row = g_mean + rows(walk, SHAPE)
+        of_column = along_columns(g_attention, walk) * per_pixel
+    for start in range(walk.first, walk.last, SHAPE[1]):
+        in_row = present(start, walk, NARROW, SHAPE)
+        valid = in_row[:, None, None] & walk.exists[None, :, :]
+        value = read_step(at, plane.offsets, valid)
+        if SHAPE[3]:
+            of_row = read(row, in_row)[:, None, None] * per_pixel
+            gradient = signed(of_row, value) + of_column
+        else:
+            of_row = read(row, in_row)[:, None, None] * per_channel
+            gradient = signed(of_column, value) + of_row
+        write_step(to, grad.offsets, gradient, valid)
+        row += SHAPE[1]
+        at += plane.step
+        to += grad.step
+
+
+@triton.jit
+def signed(magnitude, value):
+    """sign(value) * magnitude, in three instructions."""
+    flipped = magnitude.to(tl.int32, bitcast=True) ^ (value.to(tl.int32, bitcast=True) & -2147483648)
+    return tl.where(value == 0, 0.0, flipped.to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -150,32 +147,12 @@ def backward_kernel(
     grad_x,  # tuple: [N, C, P], laid out like x
     levels,
     x_strides,
-    BLOCK_C: tl.constexpr,
-    NARROW_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    X_INTERLEAVED: tl.constexpr,
+    SHAPE: tl.constexpr,
+    PIXELS: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    n = tl.program_id(1).to(tl.int64)
-    level = level_of(tile, levels)
     for narrow in tl.static_range(2):
-        if integer(levels.wide, level) != narrow:
-            backward_tile(
-                pick(x, level),
-                pick(grad_attention, level),
-                pick(grad_mean, level),
-                pick(grad_x, level),
-                n,
-                (tile - integer(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
-                integer(levels.channels, level),
-                integer(levels.pixels, level),
-                integer(x_strides.image, level),
-                integer(x_strides.rest, level),
-                1 if narrow else WIDE,
-                NARROW_C if narrow else BLOCK_C,
-                BLOCK_P,
-                X_INTERLEAVED,
-            )
+        if is_wide(levels, PIXELS) != narrow:
+            backward_level(x, grad_attention, grad_mean, grad_x, levels, x_strides, narrow, SHAPE, PIXELS)
 
 
 # ---- Launchers ---------------------------------------------------------------------------------
@@ -185,7 +162,7 @@ def backward_kernel(
 def forward(x: Sequence[Tensor], attention: Sequence[Tensor], mean: Sequence[Tensor]) -> None:
     maps, n = [(layout.dense_view(level),) for level in x], x[0].shape[0]
     for run, run_maps in runs(maps):
-        levels, own = as_levels(run_maps, STREAM_P), [level[0] for level in run_maps]
+        levels, own = as_levels(run_maps, STREAM_PIXELS), [level[0] for level in run_maps]
         row_size = max(levels.channels)
         partials = new_partials(levels, n, row_size, x[0])
         if partials.numel():
@@ -196,10 +173,8 @@ def forward(x: Sequence[Tensor], attention: Sequence[Tensor], mean: Sequence[Ten
                 levels.encoded(),
                 strides_of(own),
                 row_size,
-                BLOCK_C=STREAM_C,
-                NARROW_C=NARROW_STREAM_C,
-                BLOCK_P=STREAM_P,
-                X_INTERLEAVED=own[0].interleaved,
+                SHAPE=shape_of(levels.channels, x[0].element_size(), own[0].interleaved, sums_rows=True),
+                PIXELS=STREAM_PIXELS,
                 num_warps=STREAM_WARPS,
             )
         reduce_tiles(partials, mean[run], levels, levels.channels, n)
@@ -207,22 +182,23 @@ def forward(x: Sequence[Tensor], attention: Sequence[Tensor], mean: Sequence[Ten
 
 @on_its_device
 def backward(
-    x: Sequence[Tensor], grad_attention: Sequence[Tensor], grad_mean: Sequence[Tensor], out: Sequence[Tensor]
+    x: Sequence[Tensor],
+    grad_attention: Sequence[Tensor],
+    grad_mean: Sequence[Tensor],
+    grad_x: Sequence[Tensor],
 ) -> None:
     maps, n = [(layout.dense_view(level),) for level in x], x[0].shape[0]
     for run, run_maps in runs(maps):
-        levels, own = as_levels(run_maps, STREAM_P), [level[0] for level in run_maps]
+        levels, own = as_levels(run_maps, STREAM_PIXELS), [level[0] for level in run_maps]
         if n and sum(levels.tiles):
             backward_kernel[sum(levels.tiles), n](
                 pointers(own),
                 tuple(grad_attention[run]),
                 tuple(grad_mean[run]),
-                tuple(out[run]),
+                tuple(grad_x[run]),
                 levels.encoded(),
                 strides_of(own),
-                BLOCK_C=STREAM_C,
-                NARROW_C=NARROW_STREAM_C,
-                BLOCK_P=STREAM_P,
-                X_INTERLEAVED=own[0].interleaved,
+                SHAPE=shape_of(levels.channels, x[0].element_size(), own[0].interleaved),
+                PIXELS=STREAM_PIXELS,
                 num_warps=STREAM_WARPS,
             )

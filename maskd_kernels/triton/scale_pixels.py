@@ -1,70 +1,61 @@
 """Triton kernels of ``scale_pixels``. Equations and traffic: csrc/scale_pixels.h.
 
-One program takes a tile of ``STREAM_P`` pixels of one image on one level and walks its channels, so that the scale's
-gradient stays in registers. 64-bit offsets; float32 arithmetic.
+One program takes a tile of ``STREAM_PIXELS`` pixels of one image on one level, see streams.py. 64-bit offsets;
+float32 arithmetic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from maskd_kernels.ops import layout
-from maskd_kernels.triton.common import (
-    NARROW_STREAM_C,
-    STREAM_C,
-    STREAM_P,
+from maskd_kernels.triton.common import as_levels, on_its_device, pick, pointers, runs, strides_of
+from maskd_kernels.triton.streams import (
+    STREAM_PIXELS,
     STREAM_WARPS,
-    WIDE,
-    aligned,
-    as_levels,
-    feature_offsets,
-    integer,
-    level_of,
-    on_its_device,
-    pick,
-    pointers,
-    runs,
-    strides_of,
+    accumulator,
+    across_columns,
+    along_columns,
+    destination,
+    is_wide,
+    present,
+    read,
+    read_step,
+    rows,
+    shape_of,
+    source,
+    walk_of,
+    write_step,
 )
 
 
 @triton.jit
-def forward_tile(
-    x,
-    scale,
-    y,
-    n,
-    p,
-    channels,
-    pixels,
-    x_n,
-    x_stride,
-    y_n,
-    y_stride,
-    ALIGN: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+def forward_level(
+    x, scale, y, levels, x_strides, y_strides, NARROW: tl.constexpr, SHAPE: tl.constexpr, PIXELS: tl.constexpr
 ):
-    x_n, x_stride = aligned(x_n, ALIGN), aligned(x_stride, ALIGN)
-    y_n, y_stride = aligned(y_n, ALIGN), aligned(y_stride, ALIGN)
-    if INTERLEAVED:
-        channels = aligned(channels, ALIGN)
-    else:
-        pixels = aligned(pixels, ALIGN)
-    inside = p < pixels
-    s = tl.load(scale + n * pixels + p, mask=inside, other=0.0)
-    for start in range(0, channels, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        valid = (c < channels)[:, None] & inside[None, :]
-        at = feature_offsets(n, c, p, x_n, x_stride, INTERLEAVED)
-        value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32) * s[None, :]
-        at = feature_offsets(n, c, p, y_n, y_stride, INTERLEAVED)
-        tl.store(y + at, value.to(y.dtype.element_ty), mask=valid)
+    walk = walk_of(levels, NARROW, SHAPE, PIXELS)
+    a = source(x, x_strides, walk, NARROW, SHAPE, SHAPE[3])
+    b = destination(y, y_strides, walk, NARROW, SHAPE, SHAPE[3])
+    at, to = a.pointer, b.pointer
+    factors = pick(scale, walk.level) + walk.n * walk.pixels
+    row = factors + rows(walk, SHAPE)
+    if not SHAPE[3]:
+        factor = along_columns(factors, walk)
+    for start in range(walk.first, walk.last, SHAPE[1]):
+        in_row = present(start, walk, NARROW, SHAPE)
+        valid = in_row[:, None, None] & walk.exists[None, :, :]
+        if SHAPE[3]:
+            factor = read(row, in_row)[:, None, None]
+        value = read_step(at, a.offsets, valid) * factor
+        write_step(to, b.offsets, value, valid)
+        row += SHAPE[1]
+        at += a.step
+        to += b.step
 
 
 @triton.jit
@@ -75,133 +66,89 @@ def forward_kernel(
     levels,
     x_strides,
     y_strides,
-    BLOCK_C: tl.constexpr,
-    NARROW_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    SHAPE: tl.constexpr,
+    PIXELS: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    n = tl.program_id(1).to(tl.int64)
-    level = level_of(tile, levels)
     for narrow in tl.static_range(2):
-        if integer(levels.wide, level) != narrow:
-            forward_tile(
-                pick(x, level),
-                pick(scale, level),
-                pick(y, level),
-                n,
-                (tile - integer(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
-                integer(levels.channels, level),
-                integer(levels.pixels, level),
-                integer(x_strides.image, level),
-                integer(x_strides.rest, level),
-                integer(y_strides.image, level),
-                integer(y_strides.rest, level),
-                1 if narrow else WIDE,
-                NARROW_C if narrow else BLOCK_C,
-                BLOCK_P,
-                INTERLEAVED,
-            )
+        if is_wide(levels, PIXELS) != narrow:
+            forward_level(x, scale, y, levels, x_strides, y_strides, narrow, SHAPE, PIXELS)
+
+
+class Maps(NamedTuple):
+    """What the backward pass reads and writes, of each level; then their strides."""
+
+    x: Any  # [N, C, P]
+    grad_y: Any  # [N, C, P]
+    grad_x: Any  # [N, C, P], laid out like x
+
+
+class Wanted(NamedTuple):
+    x: bool
+    scale: bool
 
 
 @triton.jit
-def backward_tile(
-    x,
+def backward_level(
+    maps,
+    strides,
     scale,
-    grad_y,
-    grad_x,
     grad_scale,
-    n,
-    p,
-    channels,
-    pixels,
-    x_n,
-    x_stride,
-    grad_y_n,
-    grad_y_stride,
-    grad_x_n,
-    grad_x_stride,
-    ALIGN: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    X_INTERLEAVED: tl.constexpr,
-    GRAD_Y_INTERLEAVED: tl.constexpr,
-    WANT_X: tl.constexpr,
-    WANT_SCALE: tl.constexpr,
+    levels,
+    NARROW: tl.constexpr,
+    SHAPE: tl.constexpr,
+    PIXELS: tl.constexpr,
+    GRAD_INTERLEAVED: tl.constexpr,
+    WANTED: tl.constexpr,
 ):
-    x_n, x_stride = aligned(x_n, ALIGN), aligned(x_stride, ALIGN)
-    grad_y_n, grad_y_stride = aligned(grad_y_n, ALIGN), aligned(grad_y_stride, ALIGN)
-    grad_x_n, grad_x_stride = aligned(grad_x_n, ALIGN), aligned(grad_x_stride, ALIGN)
-    if X_INTERLEAVED or GRAD_Y_INTERLEAVED:
-        channels = aligned(channels, ALIGN)
-    if not (X_INTERLEAVED and GRAD_Y_INTERLEAVED):
-        pixels = aligned(pixels, ALIGN)
-    inside = p < pixels
-    s = tl.load(scale + n * pixels + p, mask=inside, other=0.0)
-    d_scale = tl.zeros([BLOCK_P], tl.float32)
-    for start in range(0, channels, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        valid = (c < channels)[:, None] & inside[None, :]
-        at = feature_offsets(n, c, p, grad_y_n, grad_y_stride, GRAD_Y_INTERLEAVED)
-        g = tl.load(grad_y + at, mask=valid, other=0.0).to(tl.float32)
-        if WANT_SCALE:
-            at = feature_offsets(n, c, p, x_n, x_stride, X_INTERLEAVED)
-            d_scale += tl.sum(g * tl.load(x + at, mask=valid, other=0.0).to(tl.float32), 0)
-        if WANT_X:
-            at = feature_offsets(n, c, p, grad_x_n, grad_x_stride, X_INTERLEAVED)
-            tl.store(grad_x + at, (g * s[None, :]).to(grad_x.dtype.element_ty), mask=valid)
-    if WANT_SCALE:
-        tl.store(grad_scale + n * pixels + p, d_scale, mask=inside)
+    walk = walk_of(levels, NARROW, SHAPE, PIXELS)
+    a = source(maps.x, strides.x, walk, NARROW, SHAPE, SHAPE[3])
+    b = source(maps.grad_y, strides.grad_y, walk, NARROW, SHAPE, GRAD_INTERLEAVED)
+    result = destination(maps.grad_x, strides.grad_x, walk, NARROW, SHAPE, SHAPE[3])
+    a_at, b_at, to = a.pointer, b.pointer, result.pointer
+    factors = pick(scale, walk.level) + walk.n * walk.pixels
+    d_scale = pick(grad_scale, walk.level) + walk.n * walk.pixels
+    row, sum_at = factors + rows(walk, SHAPE), d_scale + rows(walk, SHAPE)
+    total = accumulator(walk, SHAPE)
+    if not SHAPE[3]:
+        factor = along_columns(factors, walk)
+    for start in range(walk.first, walk.last, SHAPE[1]):
+        in_row = present(start, walk, NARROW, SHAPE)
+        valid = in_row[:, None, None] & walk.exists[None, :, :]
+        g = read_step(b_at, b.offsets, valid)
+        if WANTED[1]:
+            product = g * read_step(a_at, a.offsets, valid)
+            if SHAPE[3]:
+                tl.store(sum_at, across_columns(product), mask=in_row)
+            else:
+                total += product
+        if WANTED[0]:
+            if SHAPE[3]:
+                factor = read(row, in_row)[:, None, None]
+            write_step(to, result.offsets, g * factor, valid)
+        row += SHAPE[1]
+        sum_at += SHAPE[1]
+        a_at += a.step
+        b_at += b.step
+        to += result.step
+    if WANTED[1] and not SHAPE[3]:
+        tl.store(d_scale + walk.column, tl.sum(total, 0), mask=walk.exists)
 
 
 @triton.jit
 def backward_kernel(
-    x,  # tuple: [N, C, P]
+    maps,  # Maps
+    strides,  # Maps
     scale,  # tuple: [N, P]
-    grad_y,  # tuple: [N, C, P]
-    grad_x,  # tuple: [N, C, P], laid out like x
     grad_scale,  # tuple: [N, P]
     levels,
-    x_strides,
-    grad_y_strides,
-    grad_x_strides,
-    BLOCK_C: tl.constexpr,
-    NARROW_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    X_INTERLEAVED: tl.constexpr,
-    GRAD_Y_INTERLEAVED: tl.constexpr,
-    WANT_X: tl.constexpr,
-    WANT_SCALE: tl.constexpr,
+    SHAPE: tl.constexpr,  # laid out like x
+    PIXELS: tl.constexpr,
+    GRAD_INTERLEAVED: tl.constexpr,
+    WANTED: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    n = tl.program_id(1).to(tl.int64)
-    level = level_of(tile, levels)
     for narrow in tl.static_range(2):
-        if integer(levels.wide, level) != narrow:
-            backward_tile(
-                pick(x, level),
-                pick(scale, level),
-                pick(grad_y, level),
-                pick(grad_x, level),
-                pick(grad_scale, level),
-                n,
-                (tile - integer(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
-                integer(levels.channels, level),
-                integer(levels.pixels, level),
-                integer(x_strides.image, level),
-                integer(x_strides.rest, level),
-                integer(grad_y_strides.image, level),
-                integer(grad_y_strides.rest, level),
-                integer(grad_x_strides.image, level),
-                integer(grad_x_strides.rest, level),
-                1 if narrow else WIDE,
-                NARROW_C if narrow else BLOCK_C,
-                BLOCK_P,
-                X_INTERLEAVED,
-                GRAD_Y_INTERLEAVED,
-                WANT_X,
-                WANT_SCALE,
-            )
+        if is_wide(levels, PIXELS) != narrow:
+            backward_level(maps, strides, scale, grad_scale, levels, narrow, SHAPE, PIXELS, GRAD_INTERLEAVED, WANTED)
 
 
 # ---- Launchers ---------------------------------------------------------------------------------
@@ -211,7 +158,7 @@ def backward_kernel(
 def forward(x: Sequence[Tensor], scale: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     maps = [(layout.dense_view(level), layout.dense_view(y)) for level, y in zip(x, out, strict=True)]
     for run, run_maps in runs(maps):
-        levels, (a, y) = as_levels(run_maps, STREAM_P), zip(*run_maps, strict=True)
+        levels, (a, y) = as_levels(run_maps, STREAM_PIXELS), zip(*run_maps, strict=True)
         if x[0].shape[0] and sum(levels.tiles):
             forward_kernel[sum(levels.tiles), x[0].shape[0]](
                 pointers(a),
@@ -220,10 +167,8 @@ def forward(x: Sequence[Tensor], scale: Sequence[Tensor], out: Sequence[Tensor])
                 levels.encoded(),
                 strides_of(a),
                 strides_of(y),
-                BLOCK_C=STREAM_C,
-                NARROW_C=NARROW_STREAM_C,
-                BLOCK_P=STREAM_P,
-                INTERLEAVED=a[0].interleaved,
+                SHAPE=shape_of(levels.channels, a[0].tensor.element_size(), a[0].interleaved),
+                PIXELS=STREAM_PIXELS,
                 num_warps=STREAM_WARPS,
             )
 
@@ -238,24 +183,17 @@ def backward(
 ) -> None:
     maps = [tuple(map(layout.dense_view, level)) for level in zip(x, grad, grad_x or x, strict=True)]
     for run, run_maps in runs(maps):
-        levels, (a, g, result) = as_levels(run_maps, STREAM_P), zip(*run_maps, strict=True)
+        levels, (a, g, result) = as_levels(run_maps, STREAM_PIXELS), zip(*run_maps, strict=True)
         if x[0].shape[0] and sum(levels.tiles):
             backward_kernel[sum(levels.tiles), x[0].shape[0]](
-                pointers(a),
+                Maps(pointers(a), pointers(g), pointers(result)),
+                Maps(strides_of(a), strides_of(g), strides_of(result)),
                 tuple(scale[run]),
-                pointers(g),
-                pointers(result),
                 tuple(grad_scale[run] if grad_scale else scale[run]),
                 levels.encoded(),
-                strides_of(a),
-                strides_of(g),
-                strides_of(result),
-                BLOCK_C=STREAM_C,
-                NARROW_C=NARROW_STREAM_C,
-                BLOCK_P=STREAM_P,
-                X_INTERLEAVED=a[0].interleaved,
-                GRAD_Y_INTERLEAVED=g[0].interleaved,
-                WANT_X=bool(grad_x),
-                WANT_SCALE=bool(grad_scale),
+                SHAPE=shape_of(levels.channels, a[0].tensor.element_size(), a[0].interleaved),
+                PIXELS=STREAM_PIXELS,
+                GRAD_INTERLEAVED=g[0].interleaved,
+                WANTED=Wanted(bool(grad_x), bool(grad_scale)),
                 num_warps=STREAM_WARPS,
             )

@@ -1,12 +1,13 @@
 """Triton kernels of ``squared_error``. Equations and traffic: csrc/squared_error.h.
 
-One program takes a tile of ``STREAM_P`` pixels of one image on one level and walks its channels. Sums over pixels are
+One program takes a tile of ``STREAM_PIXELS`` pixels of one image on one level, see streams.py. Sums over pixels are
 written per tile and added in a fixed order, so that results are bitwise repeatable. 64-bit offsets; float32 arithmetic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -14,16 +15,7 @@ from torch import Tensor
 
 from maskd_kernels.ops import layout
 from maskd_kernels.triton.common import (
-    NARROW_STREAM_C,
-    STREAM_C,
-    STREAM_P,
-    STREAM_WARPS,
-    WIDE,
-    aligned,
     as_levels,
-    feature_offsets,
-    integer,
-    level_of,
     new_partials,
     on_its_device,
     partial_row,
@@ -33,48 +25,64 @@ from maskd_kernels.triton.common import (
     runs,
     strides_of,
 )
+from maskd_kernels.triton.streams import (
+    STREAM_PIXELS,
+    STREAM_WARPS,
+    accumulator,
+    across_columns,
+    along_columns,
+    dense_destination,
+    is_wide,
+    present,
+    read,
+    read_step,
+    rows,
+    shape_of,
+    source,
+    walk_of,
+    write_step,
+)
 
 
 @triton.jit
-def forward_tile(
+def forward_level(
     pred,
     target,
     scale,
-    partial,
-    n,
-    p,
-    channels,
-    pixels,
-    pred_n,
-    pred_stride,
-    target_n,
-    target_stride,
-    ALIGN: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    PRED_INTERLEAVED: tl.constexpr,
+    partials,
+    levels,
+    pred_strides,
+    target_strides,
+    NARROW: tl.constexpr,
+    SHAPE: tl.constexpr,
+    PIXELS: tl.constexpr,
     TARGET_INTERLEAVED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
 ):
-    pred_n, pred_stride = aligned(pred_n, ALIGN), aligned(pred_stride, ALIGN)
-    target_n, target_stride = aligned(target_n, ALIGN), aligned(target_stride, ALIGN)
-    if PRED_INTERLEAVED or TARGET_INTERLEAVED:
-        channels = aligned(channels, ALIGN)
-    if not (PRED_INTERLEAVED and TARGET_INTERLEAVED):
-        pixels = aligned(pixels, ALIGN)
-    inside = p < pixels
-    total = tl.zeros([BLOCK_P], tl.float32)
-    for start in range(0, channels, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        valid = (c < channels)[:, None] & inside[None, :]
-        at = feature_offsets(n, c, p, pred_n, pred_stride, PRED_INTERLEAVED)
-        e = tl.load(pred + at, mask=valid, other=0.0).to(tl.float32)
+    walk = walk_of(levels, NARROW, SHAPE, PIXELS)
+    p = source(pred, pred_strides, walk, NARROW, SHAPE, SHAPE[3])
+    t = source(target, target_strides, walk, NARROW, SHAPE, TARGET_INTERLEAVED)
+    p_at, t_at, total = p.pointer, t.pointer, accumulator(walk, SHAPE)
+    factors = pick(scale, walk.level) + walk.n * walk.channels
+    row = factors + rows(walk, SHAPE)
+    if HAS_SCALE and SHAPE[3]:
+        factor = along_columns(factors, walk)
+    for start in range(walk.first, walk.last, SHAPE[1]):
+        in_row = present(start, walk, NARROW, SHAPE)
+        valid = in_row[:, None, None] & walk.exists[None, :, :]
+        e = read_step(p_at, p.offsets, valid)
+        goal = read_step(t_at, t.offsets, valid)
+        if HAS_SCALE and not SHAPE[3]:
+            factor = read(row, in_row)[:, None, None]
         if HAS_SCALE:
-            e *= tl.load(scale + n * channels + c, mask=c < channels, other=0.0)[:, None]
-        at = feature_offsets(n, c, p, target_n, target_stride, TARGET_INTERLEAVED)
-        e -= tl.load(target + at, mask=valid, other=0.0).to(tl.float32)
-        total += tl.sum(e * e, 0)
-    tl.store(partial, tl.sum(total, 0))
+            e *= factor
+        e = goal - e
+        total += e * e
+        row += SHAPE[1]
+        p_at += p.step
+        t_at += t.step
+    total = tl.sum(tl.sum(tl.sum(total, 1), 1), 0)
+    tl.store(partials + partial_row(tl.program_id(0), walk.n, walk.level, levels), total)
 
 
 @triton.jit
@@ -86,96 +94,102 @@ def forward_kernel(
     levels,
     pred_strides,
     target_strides,
-    BLOCK_C: tl.constexpr,
-    NARROW_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    PRED_INTERLEAVED: tl.constexpr,
+    SHAPE: tl.constexpr,  # laid out like pred
+    PIXELS: tl.constexpr,
     TARGET_INTERLEAVED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    n = tl.program_id(1).to(tl.int64)
-    level = level_of(tile, levels)
     for narrow in tl.static_range(2):
-        if integer(levels.wide, level) != narrow:
-            forward_tile(
-                pick(pred, level),
-                pick(target, level),
-                pick(scale, level),
-                partials + partial_row(tile, n, level, levels),
-                n,
-                (tile - integer(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
-                integer(levels.channels, level),
-                integer(levels.pixels, level),
-                integer(pred_strides.image, level),
-                integer(pred_strides.rest, level),
-                integer(target_strides.image, level),
-                integer(target_strides.rest, level),
-                1 if narrow else WIDE,
-                NARROW_C if narrow else BLOCK_C,
-                BLOCK_P,
-                PRED_INTERLEAVED,
+        if is_wide(levels, PIXELS) != narrow:
+            forward_level(
+                pred,
+                target,
+                scale,
+                partials,
+                levels,
+                pred_strides,
+                target_strides,
+                narrow,
+                SHAPE,
+                PIXELS,
                 TARGET_INTERLEAVED,
                 HAS_SCALE,
             )
 
 
+class Gradients(NamedTuple):
+    """Where gradients go, of those that are wanted."""
+
+    pred: Any  # tuple: [N, C, P], laid out like pred
+    target: Any  # likewise
+    scale: Any  # [N * tiles, row_size] of each tile
+
+
+class Wanted(NamedTuple):
+    pred: bool
+    target: bool
+    scale: bool
+
+
 @triton.jit
-def backward_tile(
+def backward_level(
     pred,
     target,
     scale,
     grad,
-    grad_pred,
-    grad_target,
-    partial,
-    n,
-    p,
-    channels,
-    pixels,
-    pred_n,
-    pred_stride,
-    target_n,
-    target_stride,
-    ALIGN: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    PRED_INTERLEAVED: tl.constexpr,
+    results,
+    levels,
+    pred_strides,
+    target_strides,
+    row_size,
+    NARROW: tl.constexpr,
+    SHAPE: tl.constexpr,
+    PIXELS: tl.constexpr,
     TARGET_INTERLEAVED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
-    WANT_PRED: tl.constexpr,
-    WANT_TARGET: tl.constexpr,
-    WANT_SCALE: tl.constexpr,
+    WANTED: tl.constexpr,
 ):
-    pred_n, pred_stride = aligned(pred_n, ALIGN), aligned(pred_stride, ALIGN)
-    target_n, target_stride = aligned(target_n, ALIGN), aligned(target_stride, ALIGN)
-    if PRED_INTERLEAVED or TARGET_INTERLEAVED:
-        channels = aligned(channels, ALIGN)
-    if not (PRED_INTERLEAVED and TARGET_INTERLEAVED):
-        pixels = aligned(pixels, ALIGN)
-    grad_n, grad_stride = channels.to(tl.int64) * pixels, pixels
-    if PRED_INTERLEAVED:
-        grad_stride = channels
-    inside = p < pixels
-    g = 2 * tl.load(grad)
-    for start in range(0, channels, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        valid = (c < channels)[:, None] & inside[None, :]
-        at = feature_offsets(n, c, p, pred_n, pred_stride, PRED_INTERLEAVED)
-        value = tl.load(pred + at, mask=valid, other=0.0).to(tl.float32)
-        at = feature_offsets(n, c, p, target_n, target_stride, TARGET_INTERLEAVED)
-        goal = tl.load(target + at, mask=valid, other=0.0).to(tl.float32)
-        s = tl.full([BLOCK_C], 1.0, tl.float32)
+    walk = walk_of(levels, NARROW, SHAPE, PIXELS)
+    p = source(pred, pred_strides, walk, NARROW, SHAPE, SHAPE[3])
+    t = source(target, target_strides, walk, NARROW, SHAPE, TARGET_INTERLEAVED)
+    grad_p, grad_t = dense_destination(results.pred, walk, SHAPE), dense_destination(results.target, walk, SHAPE)
+    p_at, t_at, grad_p_at, grad_t_at = p.pointer, t.pointer, grad_p.pointer, grad_t.pointer
+    g = 2 * tl.load(grad + walk.level * tl.num_programs(1) + walk.n)
+    partial = results.scale + partial_row(tl.program_id(0), walk.n, walk.level, levels) * row_size
+    factors = pick(scale, walk.level) + walk.n * walk.channels
+    r = rows(walk, SHAPE)
+    total = accumulator(walk, SHAPE)
+    if HAS_SCALE and SHAPE[3]:
+        factor = along_columns(factors, walk)
+    for start in range(walk.first, walk.last, SHAPE[1]):
+        in_row = present(start, walk, NARROW, SHAPE)
+        valid = in_row[:, None, None] & walk.exists[None, :, :]
+        value = read_step(p_at, p.offsets, valid)
+        goal = read_step(t_at, t.offsets, valid)
         if HAS_SCALE:
-            s = tl.load(scale + n * channels + c, mask=c < channels, other=0.0)
-        e = g * (s[:, None] * value - goal)
-        at = feature_offsets(n, c, p, grad_n, grad_stride, PRED_INTERLEAVED)
-        if WANT_PRED:
-            tl.store(grad_pred + at, (s[:, None] * e).to(grad_pred.dtype.element_ty), mask=valid)
-        if WANT_TARGET:
-            tl.store(grad_target + at, (-e).to(grad_target.dtype.element_ty), mask=valid)
-        if WANT_SCALE:
-            tl.store(partial + c, tl.sum(value * e, 1), mask=c < channels)
+            if not SHAPE[3]:
+                factor = read(factors + r, in_row)[:, None, None]
+            e = goal - factor * value
+            slope = factor * -g
+        else:
+            e = goal - value
+            slope = -g
+        if WANTED[0]:
+            write_step(grad_p_at, grad_p.offsets, slope * e, valid)
+        if WANTED[1]:
+            write_step(grad_t_at, grad_t.offsets, g * e, valid)
+        if WANTED[2]:
+            if SHAPE[3]:
+                total += value * e
+            else:
+                tl.store(partial + r, across_columns(value * e) * -g, mask=in_row)
+        r += SHAPE[1]
+        p_at += p.step
+        t_at += t.step
+        grad_p_at += grad_p.step
+        grad_t_at += grad_t.step
+    if WANTED[2] and SHAPE[3]:
+        tl.store(partial + walk.column, tl.sum(total, 0) * -g, mask=walk.exists)
 
 
 @triton.jit(do_not_specialize=["row_size"])
@@ -184,53 +198,35 @@ def backward_kernel(
     target,  # tuple: [N, C, P]
     scale,  # tuple: [N, C]
     grad,  # [levels, N]
-    grad_pred,  # tuple: [N, C, P], laid out like pred
-    grad_target,  # tuple: [N, C, P], laid out like pred
-    partials,  # [N * tiles, row_size] gradients of the scale
+    results,  # Gradients
     levels,
     pred_strides,
     target_strides,
     row_size,
-    BLOCK_C: tl.constexpr,
-    NARROW_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    PRED_INTERLEAVED: tl.constexpr,
+    SHAPE: tl.constexpr,  # laid out like pred
+    PIXELS: tl.constexpr,
     TARGET_INTERLEAVED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
-    WANT_PRED: tl.constexpr,
-    WANT_TARGET: tl.constexpr,
-    WANT_SCALE: tl.constexpr,
+    WANTED: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    n = tl.program_id(1).to(tl.int64)
-    level = level_of(tile, levels)
     for narrow in tl.static_range(2):
-        if integer(levels.wide, level) != narrow:
-            backward_tile(
-                pick(pred, level),
-                pick(target, level),
-                pick(scale, level),
-                grad + level * tl.num_programs(1) + n,
-                pick(grad_pred, level),
-                pick(grad_target, level),
-                partials + partial_row(tile, n, level, levels) * row_size,
-                n,
-                (tile - integer(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
-                integer(levels.channels, level),
-                integer(levels.pixels, level),
-                integer(pred_strides.image, level),
-                integer(pred_strides.rest, level),
-                integer(target_strides.image, level),
-                integer(target_strides.rest, level),
-                1 if narrow else WIDE,
-                NARROW_C if narrow else BLOCK_C,
-                BLOCK_P,
-                PRED_INTERLEAVED,
+        if is_wide(levels, PIXELS) != narrow:
+            backward_level(
+                pred,
+                target,
+                scale,
+                grad,
+                results,
+                levels,
+                pred_strides,
+                target_strides,
+                row_size,
+                narrow,
+                SHAPE,
+                PIXELS,
                 TARGET_INTERLEAVED,
                 HAS_SCALE,
-                WANT_PRED,
-                WANT_TARGET,
-                WANT_SCALE,
+                WANTED,
             )
 
 
@@ -241,7 +237,8 @@ def backward_kernel(
 def forward(pred: Sequence[Tensor], target: Sequence[Tensor], scale: Sequence[Tensor], out: Tensor) -> None:
     maps, n = [tuple(map(layout.dense_view, level)) for level in zip(pred, target, strict=True)], pred[0].shape[0]
     for run, run_maps in runs(maps):
-        levels, (p, t) = as_levels(run_maps, STREAM_P), zip(*run_maps, strict=True)
+        levels, (p, t) = as_levels(run_maps, STREAM_PIXELS), zip(*run_maps, strict=True)
+        element_size = max(x[0].tensor.element_size() for x in (p, t))
         partials = new_partials(levels, n, 1, out)
         if partials.numel():
             forward_kernel[sum(levels.tiles), n](
@@ -252,10 +249,8 @@ def forward(pred: Sequence[Tensor], target: Sequence[Tensor], scale: Sequence[Te
                 levels.encoded(),
                 strides_of(p),
                 strides_of(t),
-                BLOCK_C=STREAM_C,
-                NARROW_C=NARROW_STREAM_C,
-                BLOCK_P=STREAM_P,
-                PRED_INTERLEAVED=p[0].interleaved,
+                SHAPE=shape_of(levels.channels, element_size, p[0].interleaved),
+                PIXELS=STREAM_PIXELS,
                 TARGET_INTERLEAVED=t[0].interleaved,
                 HAS_SCALE=bool(scale),
                 num_warps=STREAM_WARPS,
@@ -275,8 +270,9 @@ def backward(
 ) -> None:
     maps, n = [tuple(map(layout.dense_view, level)) for level in zip(pred, target, strict=True)], pred[0].shape[0]
     for run, run_maps in runs(maps):
-        levels, (p, t) = as_levels(run_maps, STREAM_P), zip(*run_maps, strict=True)
+        levels, (p, t) = as_levels(run_maps, STREAM_PIXELS), zip(*run_maps, strict=True)
         row_size = max(levels.channels) if grad_scale else 0
+        element_size = max(x[0].tensor.element_size() for x in (p, t))
         partials = new_partials(levels, n, row_size, grad)
         if n and sum(levels.tiles):
             backward_kernel[sum(levels.tiles), n](
@@ -284,22 +280,20 @@ def backward(
                 pointers(t),
                 tuple(scale[run]) if scale else (grad,) * len(p),
                 grad[run],
-                tuple(grad_pred[run]) if grad_pred else pointers(p),
-                tuple(grad_target[run]) if grad_target else pointers(p),
-                partials,
+                Gradients(
+                    tuple(grad_pred[run]) if grad_pred else pointers(p),
+                    tuple(grad_target[run]) if grad_target else pointers(p),
+                    partials,
+                ),
                 levels.encoded(),
                 strides_of(p),
                 strides_of(t),
                 row_size,
-                BLOCK_C=STREAM_C,
-                NARROW_C=NARROW_STREAM_C,
-                BLOCK_P=STREAM_P,
-                PRED_INTERLEAVED=p[0].interleaved,
+                SHAPE=shape_of(levels.channels, element_size, p[0].interleaved, bool(grad_scale)),
+                PIXELS=STREAM_PIXELS,
                 TARGET_INTERLEAVED=t[0].interleaved,
                 HAS_SCALE=bool(scale),
-                WANT_PRED=bool(grad_pred),
-                WANT_TARGET=bool(grad_target),
-                WANT_SCALE=bool(grad_scale),
+                WANTED=Wanted(bool(grad_pred), bool(grad_target), bool(grad_scale)),
                 num_warps=STREAM_WARPS,
             )
         if grad_scale:
