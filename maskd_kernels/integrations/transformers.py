@@ -1,0 +1,231 @@
+"""Distilling with the Trainer of Hugging Face's transformers."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskd_kernels.distill import Distiller, Tap
+
+try:
+    from transformers import Trainer, TrainingArguments
+    from transformers.utils.generic import can_return_loss, find_labels
+except ImportError as error:
+    raise ImportError(
+        "maskd_kernels.integrations.transformers needs transformers 5 or newer and accelerate: "
+        "pip install 'transformers[torch]>=5'"
+    ) from error
+
+DISTILLATION_FILE = "distillation.pt"  # of a checkpoint: what is neither the student's nor the Trainer's
+_LOSSES = "distillation_losses"  # in the student's output while it trains
+
+
+class DistilledModel(nn.Module):
+    """The student as the Trainer sees it: in training its output carries the distillation losses.
+
+    In eval mode it is the student, and the teacher does not run. Whatever a Trainer asks of a model (``config``,
+    ``save_pretrained``, activation checkpointing) the student answers.
+
+    Args:
+        distiller: of both models.
+        model_kwargs: keywords of both models' calls in training, beside the batch.
+    """
+
+    # The losses are means over a batch, whatever the student would do with the number of items: the Trainer is to
+    # divide by its gradient accumulation steps.
+    accepts_loss_kwargs = False
+
+    def __init__(self, distiller: Distiller, model_kwargs: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.distiller = distiller
+        self.model_kwargs = dict(model_kwargs)
+
+    @property
+    def student(self) -> nn.Module:
+        """The model that is trained."""
+        return self.distiller.student
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "distiller":  # while unpickled
+                raise
+            return getattr(self.distiller.student, name)
+
+    def forward(self, **inputs: Any) -> Any:
+        """The student's output; in training with ``distillation_losses``, and with a ``loss`` of 0 if it has none.
+
+        Raises:
+            TypeError: in training, a student that does not return a ModelOutput.
+        """
+        if not self.training:
+            return self.student(**inputs)
+        output, losses = self.distiller(**{**inputs, **self.model_kwargs})
+        if not isinstance(output, dict):
+            raise TypeError(f"model: expected a ModelOutput from its forward, got {type(output).__name__}")
+        if output.get("loss") is None:  # without labels the distillation is all there is
+            output["loss"] = next(iter(losses.values())).new_zeros(())
+        output[_LOSSES] = losses  # in the output, so that DDP finds what has been used
+        return output
+
+
+class DistillationTrainer(Trainer):
+    """A ``transformers.Trainer`` that distils a teacher into the model.
+
+    The student is trained on its own loss plus those of the taps; parameters of aligns and losses are in the optimizer,
+    and under DDP. A checkpoint is the student's, as ``from_pretrained`` loads it, beside ``distillation.pt`` with
+    aligns, losses and their warm-up counters, from which ``train(resume_from_checkpoint=...)`` goes on; the teacher is in
+    none. Evaluation and prediction run the student alone. Each loss is logged as ``loss_<name>`` and the student's own as
+    ``loss_task``: means over the steps since the last log and over all processes.
+
+    The teacher gets the batch without labels, and of the rest what its forward takes. Without labels in the batch the
+    student learns from the distillation alone.
+
+    Args:
+        model: the student.
+        args: ``TrainingArguments``.
+        teacher: the model to learn from, loaded and in whatever dtype; it runs in eval mode and without gradients.
+        taps: the losses: a Tap or several.
+        model_kwargs: keywords of both models' calls in training, such as ``{"output_hidden_states": True}``.
+        teacher_inputs: called with the keywords of a call, returns the teacher's, in place of the above.
+        example_inputs: a batch of one to build aligns with; by default the first of ``train_dataset``, collated.
+        **trainer_kwargs: of ``Trainer``: ``train_dataset``, ``data_collator``, ``compute_metrics``, ...
+
+    Raises:
+        ValueError: as ``Distiller``; several GPUs in one process (DataParallel), FSDP or DeepSpeed: DDP by ``torchrun``
+            is what trains aligns and losses on several; a ``model_init``.
+        TypeError: as ``Distiller``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        teacher: nn.Module,
+        taps: Tap | Sequence[Tap],
+        model_kwargs: Mapping[str, Any] | None = None,
+        teacher_inputs: Any = None,
+        example_inputs: Mapping[str, Any] | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        if trainer_kwargs.get("model_init") is not None:
+            raise ValueError("model_init: expected None: the aligns belong to one student; pass it as model")
+        if args is not None:
+            _check_strategy(args)
+            if args.ddp_find_unused_parameters is None:
+                # The default for models that are no PreTrainedModel breaks activation checkpointing.
+                args.ddp_find_unused_parameters = not args.activation_checkpointing
+        self._labels = list(getattr(args, "label_names", None) or find_labels(type(model)))
+        distiller = Distiller(model, teacher, taps, teacher_inputs=teacher_inputs or self._without_labels)
+        self._teacher_forward = inspect.signature(teacher.forward).parameters
+        super().__init__(DistilledModel(distiller, model_kwargs or {}), args, **trainer_kwargs)
+        self.distiller = distiller
+        self.label_names = self._labels
+        self.can_return_loss = can_return_loss(type(model))
+        self._sums: dict[str, Tensor] = {}
+        self._batches = 0
+        batch = self._example() if example_inputs is None else example_inputs
+        if batch is not None:
+            distiller.build(**{**self._prepare_inputs(dict(batch)), **self.model.model_kwargs})
+
+    def _without_labels(self, **inputs: Any) -> dict[str, Any]:
+        """What the teacher is called with."""
+        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in self._teacher_forward.values())
+        return {k: v for k, v in inputs.items() if k not in self._labels and (takes_all or k in self._teacher_forward)}
+
+    def _example(self) -> Any:
+        """The first sample as a batch, with random numbers as they were before."""
+        if self.train_dataset is None:
+            return None
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+        with torch.random.fork_rng():
+            sample = self.train_dataset[0] if hasattr(self.train_dataset, "__len__") else next(iter(self.train_dataset))
+            return collate([sample])
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            with self._as_student():
+                super()._set_signature_columns_if_needed()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The student's own loss, as Trainer computes it, plus the distillation losses in training."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        losses = outputs.get(_LOSSES) if isinstance(outputs, dict) else None
+        if losses is not None:
+            self._note({"loss_task": loss, **{f"loss_{name}": value for name, value in losses.items()}})
+            added = torch.stack([value.to(loss.device) for value in losses.values()]).sum()
+            # Trainer takes a compute_loss_func's value for one over all accumulated batches; these are means over one.
+            loss = loss + (added / self.current_gradient_accumulation_steps if self.compute_loss_func else added)
+        return (loss, outputs) if return_outputs else loss
+
+    def _note(self, losses: Mapping[str, Tensor]) -> None:
+        self._batches += 1
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs, with the mean of each loss beside that of their sum."""
+        if "loss" in logs and self._batches:
+            means = self.accelerator.reduce(torch.stack(list(self._sums.values())) / self._batches, "mean").tolist()
+            logs = {**logs, **dict(zip(self._sums, means, strict=True))}
+            self._sums, self._batches = {}, 0
+        super().log(logs, start_time)
+
+    @contextmanager
+    def _as_student(self) -> Iterator[None]:
+        """For Trainer's own methods that save, load and inspect the student."""
+        model = self.model
+        self.model = model.student
+        try:
+            yield
+        finally:
+            self.model = model
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with self._as_student():
+            super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            state = {k: v.cpu() for k, v in self.distiller.state_dict().items() if not k.startswith("student.")}
+            torch.save(state, os.path.join(output_dir or self.args.output_dir, DISTILLATION_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with self._as_student():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_distillation(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        with self._as_student():
+            super()._load_best_model()
+        self._load_distillation(self.state.best_model_checkpoint)
+
+    def _load_distillation(self, checkpoint: str) -> None:
+        path = os.path.join(checkpoint, DISTILLATION_FILE)
+        if not os.path.isfile(path):
+            raise ValueError(f"resume_from_checkpoint: expected {DISTILLATION_FILE}, of a DistillationTrainer, in it: {path}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        own = {k: v for k, v in self.distiller.state_dict().items() if k.startswith("student.")}
+        self.distiller.load_state_dict({**own, **state})
+
+
+def _check_strategy(args: TrainingArguments) -> None:
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"args: expected one GPU a process, got {args.n_gpu}, over which Trainer would split batches (DataParallel); "
+            "start with torchrun, or set CUDA_VISIBLE_DEVICES"
+        )
+    if args.fsdp or args.deepspeed:
+        raise ValueError("args: DistillationTrainer trains in one process or by DDP, and got fsdp or deepspeed")
