@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from maskd_kernels.distill import Distiller, Tap
 
 try:
-    from transformers import Trainer, TrainingArguments
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
     from transformers.utils.generic import can_return_loss, find_labels
 except ImportError as error:
     raise ImportError(
@@ -123,23 +124,17 @@ class DistillationTrainer(Trainer):
             if args.ddp_find_unused_parameters is None:
                 # The default for models that are no PreTrainedModel breaks activation checkpointing.
                 args.ddp_find_unused_parameters = not args.activation_checkpointing
-        self._labels = list(getattr(args, "label_names", None) or find_labels(type(model)))
-        distiller = Distiller(model, teacher, taps, teacher_inputs=teacher_inputs or self._without_labels)
-        self._teacher_forward = inspect.signature(teacher.forward).parameters
+        labels = list(getattr(args, "label_names", None) or find_labels(type(model)))
+        distiller = Distiller(model, teacher, taps, teacher_inputs=teacher_inputs or _without(labels, teacher))
         super().__init__(DistilledModel(distiller, model_kwargs or {}), args, **trainer_kwargs)
         self.distiller = distiller
-        self.label_names = self._labels
+        self.label_names = labels
         self.can_return_loss = can_return_loss(type(model))
         self._sums: dict[str, Tensor] = {}
         self._batches = 0
         batch = self._example() if example_inputs is None else example_inputs
         if batch is not None:
             distiller.build(**{**self._prepare_inputs(dict(batch)), **self.model.model_kwargs})
-
-    def _without_labels(self, **inputs: Any) -> dict[str, Any]:
-        """What the teacher is called with."""
-        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in self._teacher_forward.values())
-        return {k: v for k, v in inputs.items() if k not in self._labels and (takes_all or k in self._teacher_forward)}
 
     def _example(self) -> Any:
         """The first sample as a batch, with random numbers as they were before."""
@@ -203,22 +198,44 @@ class DistillationTrainer(Trainer):
             torch.save(state, os.path.join(output_dir or self.args.output_dir, DISTILLATION_FILE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with self._as_student():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_distillation(resume_from_checkpoint)
+        self._load(
+            resume_from_checkpoint,
+            lambda: super(DistillationTrainer, self)._load_from_checkpoint(resume_from_checkpoint, model),
+        )
 
     def _load_best_model(self) -> None:
-        with self._as_student():
-            super()._load_best_model()
-        self._load_distillation(self.state.best_model_checkpoint)
+        self._load(str(self.state.best_model_checkpoint), super()._load_best_model)
 
-    def _load_distillation(self, checkpoint: str) -> None:
+    def _load(self, checkpoint: str, load_student: Callable[[], None]) -> None:
         path = os.path.join(checkpoint, DISTILLATION_FILE)
         if not os.path.isfile(path):
-            raise ValueError(f"resume_from_checkpoint: expected {DISTILLATION_FILE}, of a DistillationTrainer, in it: {path}")
+            raise ValueError(
+                f"checkpoint: expected {DISTILLATION_FILE}, of a DistillationTrainer, in it, got none: {path}"
+            )
+        student = self.distiller.student
+        if isinstance(student, PreTrainedModel):
+            # Trainer would look for the model's own names in files that have those of the hub, and load what it finds.
+            loaded, info = type(student).from_pretrained(checkpoint, config=student.config, output_loading_info=True)
+            if info["missing_keys"] or info["mismatched_keys"]:
+                raise ValueError(f"checkpoint: {checkpoint} does not fit the student: {info}")
+            student.load_state_dict(loaded.state_dict())
+        else:
+            with self._as_student():
+                load_student()
         state = torch.load(path, map_location="cpu", weights_only=True)
         own = {k: v for k, v in self.distiller.state_dict().items() if k.startswith("student.")}
         self.distiller.load_state_dict({**own, **state})
+
+
+def _without(labels: Sequence[str], teacher: nn.Module) -> Callable[..., dict[str, Any]]:
+    """From a batch's keywords, the teacher's: no labels, and nothing that its forward does not take."""
+    parameters = inspect.signature(teacher.forward).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return functools.partial(_chosen, frozenset(labels), None if takes_all else frozenset(parameters))
+
+
+def _chosen(left_out: frozenset[str], taken: frozenset[str] | None, **inputs: Any) -> dict[str, Any]:
+    return {k: v for k, v in inputs.items() if k not in left_out and (taken is None or k in taken)}
 
 
 def _check_strategy(args: TrainingArguments) -> None:
