@@ -2,16 +2,18 @@
 
 import copy
 import json
+import os
 
 import pytest
 import torch
+from helpers import parameters_of_processes
 from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="by `make test-models`")
 pytest.importorskip("accelerate", reason="by `make test-models`")
 
-from maskd_kernels import MasKDLoss, MGDLoss, Tap
-from maskd_kernels.integrations.transformers import DistillationTrainer
+from maskd_kernels import MasKDLoss, MGDLoss, Tap  # noqa: E402
+from maskd_kernels.integrations.transformers import DistillationTrainer  # noqa: E402
 
 WIDTHS = [16, 32, 48, 64]
 HIDDEN = {"output_hidden_states": True}
@@ -60,6 +62,11 @@ def state(trained):
     return copy.deepcopy(trained.distiller.state_dict())
 
 
+def without_statistics(student):
+    """Batch norm would tell one large batch from several small ones."""
+    student.decode_head.batch_norm = nn.Identity()
+
+
 def assert_equal(a, b):
     assert a.keys() == b.keys()
     different = [name for name in a if not torch.equal(a[name], b[name])]
@@ -102,10 +109,7 @@ def test_accumulated_batches_are_one_batch(tmp_path):
     whole = trainer(tmp_path, taps[0], per_device_train_batch_size=4, **options)
     parts = trainer(tmp_path, taps[1], gradient_accumulation_steps=4, per_device_train_batch_size=1, **options)
     for made in (whole, parts):
-        for module in made.distiller.modules():  # batches of one have other statistics
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum, module.track_running_stats = 0.0, False
-                module.forward = lambda x: x
+        without_statistics(made.distiller.student)
         made.train()
     a, b = state(whole), state(parts)
     for name in a:
@@ -185,3 +189,163 @@ def test_the_teacher_gets_no_labels(tmp_path):
     trainer(tmp_path, teacher=teacher, max_steps=1).train()
     assert seen
     assert all(keys == {"pixel_values", "output_hidden_states"} for keys in seen)
+
+
+def test_any_iterable_of_samples(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(pictures())
+
+    made = trainer(tmp_path, data=Stream(), max_steps=2)
+    assert [type(align) for align in made.distiller.aligns[0]] == [nn.Conv2d] * 4
+    made.train()
+    assert made.state.log_history[0]["loss_maskd"] > 0
+
+
+def test_a_loss_function_of_ones_own(tmp_path):
+    """Its value counts for all accumulated batches; the distillation's for one each."""
+    given = {"compute_loss_func": lambda output, labels, num_items_in_batch: 0.0 * output.logits.mean()}
+    options = {"optim": "sgd", "max_steps": 1, "max_grad_norm": 0.0, "learning_rate": 0.1}
+    results = []
+    for steps in (1, 4):
+        size = {"gradient_accumulation_steps": steps, "per_device_train_batch_size": 4 // steps}
+        made = trainer(tmp_path, maskd(custom_mask=False), extra=given, **size, **options)
+        without_statistics(made.distiller.student)
+        made.train()
+        results.append(state(made))
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_label_smoothing(tmp_path):
+    """Trainer computes this loss itself, and asks the model for its name."""
+    vit = {"image_size": 64, "patch_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3}
+    teacher, student = (
+        transformers.ViTForImageClassification(transformers.ViTConfig(hidden_size=c, intermediate_size=32, **vit))
+        for c in (32, 16)
+    )
+    data = [{"pixel_values": torch.rand(3, 64, 64), "labels": i % 3} for i in range(4)]
+    layer = next(name for name, _ in student.named_modules() if name.endswith("layers.1") or name.endswith("layer.1"))
+    tap = Tap(
+        layer, layer, MasKDLoss(32, train_tokens=True), channel_dim=-1, prefix_tokens=1, grid="input", name="maskd"
+    )
+    made = trainer(tmp_path, tap, student=student, teacher=teacher, data=data, kwargs=None, label_smoothing_factor=0.1)
+    before = state(made)
+    made.train()
+    assert made.state.log_history[0]["loss_maskd"] > 0
+    assert not torch.equal(before["aligns.0.0.weight"], made.distiller.aligns[0][0].weight)
+
+
+def test_activation_checkpointing(tmp_path):
+    """Layers that run again in the backward pass are not recorded again, and gradients are the same."""
+    results = []
+    for checkpointing in (False, True):
+        made = trainer(tmp_path, maskd(), activation_checkpointing=checkpointing, max_steps=2)
+        made.train()
+        assert made.distiller.student.is_activation_checkpointing == checkpointing
+        results.append(state(made))
+    assert_equal(*results)
+
+
+def test_bfloat16(tmp_path):
+    made = trainer(tmp_path, bf16=True, max_steps=3)
+    dtypes = set()
+    made.distiller.aligns[0][0].register_forward_hook(lambda _m, _a, output: dtypes.add(output.dtype))
+    made.train()
+    assert dtypes == {torch.bfloat16}
+    log = made.state.log_history
+    assert log[0]["loss"] == pytest.approx(log[0]["loss_task"] + log[0]["loss_maskd"], rel=1e-4)
+
+
+def test_a_teacher_in_bfloat16(tmp_path):
+    made = trainer(tmp_path, teacher=segformer(WIDTHS).bfloat16(), max_steps=2)
+    made.train()
+    assert next(made.distiller.teacher.parameters()).dtype == torch.bfloat16
+    assert made.state.log_history[0]["loss_maskd"] > 0
+
+
+def rt_detr(widths, width):
+    backbone = transformers.RTDetrResNetConfig(
+        embedding_size=8, hidden_sizes=widths, depths=[1] * 4, out_features=["stage2", "stage3", "stage4"]
+    )
+    encoder = {"encoder_in_channels": widths[1:], "encoder_hidden_dim": width, "encoder_ffn_dim": 32}
+    decoder = {"d_model": 32, "num_queries": 10, "decoder_layers": 1, "decoder_ffn_dim": 32, "num_denoising": 4}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_labels": 3}
+    config = transformers.RTDetrConfig(
+        backbone_config=backbone, decoder_in_channels=[width] * 3, hidden_expansion=0.5, **encoder, **decoder, **heads
+    )
+    return transformers.RTDetrForObjectDetection(config)
+
+
+def test_a_detector(tmp_path):
+    """Labels that are lists of dicts; the pyramid within the encoder's output."""
+    pytest.importorskip("scipy", reason="RT-DETR matches boxes with it")
+    torch.manual_seed(0)
+    box = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.3, 0.3]])}
+    data = [{"pixel_values": torch.rand(3, 64, 64), "labels": box} for _ in range(4)]
+
+    def collate(samples):
+        pixels = torch.stack([sample["pixel_values"] for sample in samples])
+        return {"pixel_values": pixels, "labels": [sample["labels"] for sample in samples]}
+
+    tap = Tap("model.encoder", "model.encoder", MGDLoss([32] * 3, [64] * 3), levels="last_hidden_state", name="mgd")
+    models = {"student": rt_detr([8, 16, 24, 32], 32), "teacher": rt_detr([16, 32, 48, 64], 64)}
+    made = trainer(
+        tmp_path,
+        tap,
+        data=data,
+        kwargs=None,
+        extra={"data_collator": collate, "eval_dataset": data},
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        **models,
+    )
+    made.train()
+    assert made.state.log_history[0]["loss_mgd"] > 0
+    assert made.evaluate()["eval_loss"] > 0
+
+
+def one_of_two(rank, folder, size):
+    """The parameters after training with a share of the batch, or alone with the whole one."""
+    if size == 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29511", ACCELERATE_USE_CPU="true")
+    taps = maskd(custom_mask_warmup=2)
+    options = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1, "per_device_train_batch_size": size}
+    made = trainer(folder, taps, max_steps=3, ddp_backend="gloo" if size == 1 else None, **options)
+    without_statistics(made.distiller.student)
+    made.train()
+    logs = torch.tensor([log["loss_maskd"] for log in made.state.log_history if "loss_maskd" in log])
+    return [logs, *(p for p in made.distiller.parameters())]
+
+
+class Share:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self, rank):
+        return one_of_two(rank, self.folder, 1)
+
+
+def test_two_processes_are_one(tmp_path):
+    first, second = parameters_of_processes(Share(tmp_path), tmp_path)
+    assert torch.equal(first, second)
+    alone = torch.cat([p.detach().flatten() for p in one_of_two(0, tmp_path, 2)])
+    torch.testing.assert_close(first, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_what_does_not_work_is_said(tmp_path):
+    with pytest.raises(ValueError, match="model_init: expected None"):
+        trainer(tmp_path, extra={"model_init": lambda: segformer(WIDTHS)})
+    with pytest.raises(ValueError, match=r"segformer: the loss cannot take .*16, 16, 16"):
+        trainer(tmp_path, Tap("segformer", "segformer", MasKDLoss([8] * 4), levels="hidden_states", align=None))
+    with pytest.raises(ValueError, match=r"no layer 'backbone'"):
+        trainer(tmp_path, Tap("backbone", "backbone", MasKDLoss(WIDTHS)))
+    arguments = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    arguments._n_gpu = 2
+    with pytest.raises(ValueError, match="one GPU a process, got 2"):
+        DistillationTrainer(segformer(WIDTHS), arguments, teacher=segformer(WIDTHS), taps=maskd())
+    made = trainer(tmp_path)
+    made.distiller.student.save_pretrained(tmp_path / "alone")
+    with pytest.raises(ValueError, match=r"expected distillation.pt"):
+        made.train(resume_from_checkpoint=str(tmp_path / "alone"))

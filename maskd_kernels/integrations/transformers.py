@@ -7,7 +7,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,17 @@ except ImportError as error:
     ) from error
 
 DISTILLATION_FILE = "distillation.pt"  # of a checkpoint: what is neither the student's nor the Trainer's
-_LOSSES = "distillation_losses"  # in the student's output while it trains
+
+
+class DistilledOutput(NamedTuple):
+    """What a training step's forward returns."""
+
+    student: Any
+    losses: dict[str, Tensor]
 
 
 class DistilledModel(nn.Module):
-    """The student as the Trainer sees it: in training its output carries the distillation losses.
+    """The student as the Trainer sees it: in training it returns a ``DistilledOutput``, with the distillation losses.
 
     In eval mode it is the student, and the teacher does not run. Whatever a Trainer asks of a model (``config``,
     ``save_pretrained``, activation checkpointing) the student answers.
@@ -61,19 +67,31 @@ class DistilledModel(nn.Module):
             return getattr(self.distiller.student, name)
 
     def forward(self, **inputs: Any) -> Any:
-        """The student's output; in training with ``distillation_losses``, and with a ``loss`` of 0 if it has none.
-
-        Raises:
-            TypeError: in training, a student that does not return a ModelOutput.
-        """
+        """The student's output; in training, beside it, the distillation losses by name."""
         if not self.training:
             return self.student(**inputs)
-        output, losses = self.distiller(**{**inputs, **self.model_kwargs})
+        return DistilledOutput(*self.distiller(**{**inputs, **self.model_kwargs}))
+
+
+class _StudentCall(nn.Module):
+    """A model that is being trained, as the Trainer's own loss computation calls it; keeps the distillation losses."""
+
+    def __init__(self, model: nn.Module, student: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._get_name = student._get_name  # what kind of loss it takes
+        self.losses: dict[str, Tensor] = {}
+
+    def forward(self, **inputs: Any) -> Any:
+        """The student's output, with a ``loss`` of 0 in training if it has none."""
+        output = self.model(**inputs)
+        if not isinstance(output, DistilledOutput):
+            return output
+        output, self.losses = output
         if not isinstance(output, dict):
             raise TypeError(f"model: expected a ModelOutput from its forward, got {type(output).__name__}")
         if output.get("loss") is None:  # without labels the distillation is all there is
-            output["loss"] = next(iter(losses.values())).new_zeros(())
-        output[_LOSSES] = losses  # in the output, so that DDP finds what has been used
+            output["loss"] = next(iter(self.losses.values())).new_zeros(())
         return output
 
 
@@ -82,9 +100,10 @@ class DistillationTrainer(Trainer):
 
     The student is trained on its own loss plus those of the taps; parameters of aligns and losses are in the optimizer,
     and under DDP. A checkpoint is the student's, as ``from_pretrained`` loads it, beside ``distillation.pt`` with
-    aligns, losses and their warm-up counters, from which ``train(resume_from_checkpoint=...)`` goes on; the teacher is in
-    none. Evaluation and prediction run the student alone. Each loss is logged as ``loss_<name>`` and the student's own as
-    ``loss_task``: means over the steps since the last log and over all processes.
+    aligns, losses and their warm-up counters, from which ``train(resume_from_checkpoint=...)`` goes on; the teacher is
+    in none. Evaluation and prediction run the student alone. Each loss is logged as ``loss_<name>`` and the student's
+    own as ``loss_task``: means over the steps since the last log and over all processes. All of them are means over a
+    batch, and over those that are accumulated.
 
     The teacher gets the batch without labels, and of the rest what its forward takes. Without labels in the batch the
     student learns from the distillation alone.
@@ -105,9 +124,11 @@ class DistillationTrainer(Trainer):
         TypeError: as ``Distiller``.
     """
 
+    model: Any
+
     def __init__(
         self,
-        model: nn.Module | None = None,
+        model: nn.Module,
         args: TrainingArguments | None = None,
         *,
         teacher: nn.Module,
@@ -158,11 +179,11 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The student's own loss, as Trainer computes it, plus the distillation losses in training."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        losses = outputs.get(_LOSSES) if isinstance(outputs, dict) else None
-        if losses is not None:
-            self._note({"loss_task": loss, **{f"loss_{name}": value for name, value in losses.items()}})
-            added = torch.stack([value.to(loss.device) for value in losses.values()]).sum()
+        call = _StudentCall(model, self.distiller.student)
+        loss, outputs = super().compute_loss(call, inputs, True, num_items_in_batch)
+        if call.losses:
+            self._note({"loss_task": loss, **{f"loss_{name}": value for name, value in call.losses.items()}})
+            added = torch.stack([value.to(loss.device) for value in call.losses.values()]).sum()
             # Trainer takes a compute_loss_func's value for one over all accumulated batches; these are means over one.
             loss = loss + (added / self.current_gradient_accumulation_steps if self.compute_loss_func else added)
         return (loss, outputs) if return_outputs else loss
@@ -241,8 +262,8 @@ def _chosen(left_out: frozenset[str], taken: frozenset[str] | None, **inputs: An
 def _check_strategy(args: TrainingArguments) -> None:
     if args.n_gpu > 1:
         raise ValueError(
-            f"args: expected one GPU a process, got {args.n_gpu}, over which Trainer would split batches (DataParallel); "
-            "start with torchrun, or set CUDA_VISIBLE_DEVICES"
+            f"args: expected one GPU a process, got {args.n_gpu}, over which Trainer would split batches "
+            "(DataParallel); start with torchrun, or set CUDA_VISIBLE_DEVICES"
         )
     if args.fsdp or args.deepspeed:
         raise ValueError("args: DistillationTrainer trains in one process or by DDP, and got fsdp or deepspeed")
