@@ -79,8 +79,12 @@ class _StudentCall(nn.Module):
     def __init__(self, model: nn.Module, student: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self._get_name = student._get_name  # what kind of loss it takes
+        self.name = student._get_name()
         self.losses: dict[str, Tensor] = {}
+
+    def _get_name(self) -> str:
+        """By which Trainer chooses the loss of smoothed labels."""
+        return self.name
 
     def forward(self, **inputs: Any) -> Any:
         """The student's output, with a ``loss`` of 0 in training if it has none."""

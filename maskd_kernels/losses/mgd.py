@@ -124,15 +124,17 @@ class MGDLoss(GenerativeLoss):
         """
         student, teacher = self._validated(preds_S, preds_T)
         masks = self._draw(teacher, generator) if keep is None else self._checked(keep, teacher)
-        aligned = self._aligned(student)
+        return self._compared(self._generated_under(masks, self._aligned(student)), teacher, self.alpha_mgd)
+
+    def _generated_under(self, masks: list[Tensor], aligned: list[Tensor]) -> list[Tensor]:
+        """What the blocks make of masked features."""
         if self._gathers(aligned, masks):
-            generated = self._generated_from_kept(aligned, masks)
-            return self._compared(generated, teacher, self.alpha_mgd)
+            return self._generated_from_kept(aligned, masks)
         if self.mask_on_channel:
             masked = functional.scale_channels(aligned, [m.flatten(1) for m in masks])
         else:
             masked = functional.scale_pixels(aligned, [m.squeeze(1) for m in masks])
-        return self._compared(self._generated(list(masked)), teacher, self.alpha_mgd)
+        return self._generated(list(masked))
 
     def _gathers(self, aligned: list[Tensor], masks: list[Tensor]) -> bool:
         """Whether computing the first convolution from the kept pixels alone is worth it: see docs/benchmarks.md."""

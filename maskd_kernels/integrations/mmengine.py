@@ -1,0 +1,452 @@
+"""Distilling with mmengine's Runner (mmdetection 3.x, mmsegmentation 1.x); losses and connectors for mmrazor 1.x.
+
+``custom_imports = dict(imports=["maskd_kernels.integrations.mmengine"])`` in a config registers in mmengine's root
+registry: the losses ``MasKDLoss``, ``MasKDSegLoss``, ``MGDLoss``, ``AMDLoss`` and ``PyramidSmoothL1Loss``, the connectors
+``AlignConnector`` and ``MGDConnector``, the models ``FeatureDistillation`` and ``TokenTraining``, and the hooks
+``TokenTrainingHook`` and ``SaveTokensHook``. Where another registry has one of these names (mmrazor: ``MGDLoss`` and
+``MGDConnector``), ``mmengine.MGDLoss`` is the one of here.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maskd_kernels.distill import Distiller, Layer, Tap, TokenTrainer
+from maskd_kernels.losses import AMDLoss, MasKDLoss, MasKDSegLoss, MaskModule, MGDLoss
+from maskd_kernels.losses.generation import Channels
+from maskd_kernels.validation import Levels, as_features, check_channels, match_count
+
+try:
+    from mmengine.config import Config
+    from mmengine.hooks import Hook
+    from mmengine.hub import get_config
+    from mmengine.logging import print_log
+    from mmengine.model import BaseModel, is_model_wrapper, revert_sync_batchnorm
+    from mmengine.registry import HOOKS, MODELS, OPTIMIZERS
+    from mmengine.runner.checkpoint import CheckpointLoader
+except ImportError as error:
+    raise ImportError(
+        "maskd_kernels.integrations.mmengine needs mmengine 0.10 or newer: pip install mmengine"
+    ) from error
+
+for _loss in (MasKDLoss, MasKDSegLoss, MGDLoss, AMDLoss):
+    MODELS.register_module(module=_loss)
+
+_STUDENT = "distiller.student."  # what checkpoints leave out of the student's names
+
+
+@MODELS.register_module()
+class PyramidSmoothL1Loss(nn.Module):
+    """Smooth L1 between the levels of two pyramids, summed over the levels: for regressed boxes.
+
+    Args:
+        beta: from which difference on it is linear.
+        loss_weight: factor on the loss.
+    """
+
+    def __init__(self, beta: float = 1.0, loss_weight: float = 1.0) -> None:
+        super().__init__()
+        self.beta, self.loss_weight = beta, loss_weight
+
+    def forward(self, y_s: Levels, y_t: Levels) -> Tensor:
+        """A scalar, of tensors or lists of them, of equal shapes."""
+        student, teacher = as_features(y_s, "y_s", 0), as_features(y_t, "y_t", 0)
+        match_count(student, "y_s", teacher, "y_t")
+        levels = [F.smooth_l1_loss(s, t, beta=self.beta) for s, t in zip(student, teacher, strict=True)]
+        return self.loss_weight * torch.stack(levels).sum()
+
+
+@MODELS.register_module()
+class AlignConnector(nn.ModuleList):
+    """A 1x1 convolution per level, from the student's channels to the teacher's: for connectors, and a tap's ``align``.
+
+    Args:
+        student_channels: channels of each level; one number for a single map.
+        teacher_channels: likewise.
+
+    Raises:
+        ValueError: channels below 1, level counts that do not match.
+    """
+
+    def __init__(self, student_channels: Channels, teacher_channels: Channels) -> None:
+        student = check_channels(student_channels, "student_channels")
+        teacher = check_channels(teacher_channels, "teacher_channels")
+        match_count(student, "student_channels", teacher, "teacher_channels")
+        super().__init__(nn.Conv2d(s, t, kernel_size=1) for s, t in zip(student, teacher, strict=True))
+
+    def forward(self, feature: Levels) -> Levels:
+        """A tensor ``[N, C, H, W]`` or the levels of a pyramid, aligned."""
+        if isinstance(feature, Tensor):
+            return self[0](feature)
+        match_count(list(feature), "feature", list(self), "student_channels")
+        return [align(x) for align, x in zip(self, feature, strict=True)]
+
+
+@MODELS.register_module()
+class MGDConnector(MGDLoss):
+    """mmrazor's connector of this name, by constructor and ``state_dict``: masks and generates, and leaves the comparison.
+
+    Its ``MGDLoss`` compares; ``mmengine.MGDLoss`` does both at once, and over a whole pyramid.
+
+    Args:
+        student_channels: channels of the student's feature, or one number per level.
+        teacher_channels: likewise of the teacher's.
+        lambda_mgd: share of pixels (or channels) that are masked, in [0, 1).
+        mask_on_channel: mask whole channels.
+        init_cfg: kept for mmrazor's configurations; not used.
+    """
+
+    def __init__(
+        self,
+        student_channels: Channels,
+        teacher_channels: Channels,
+        lambda_mgd: float = 0.65,
+        mask_on_channel: bool = False,
+        init_cfg: Any = None,
+    ) -> None:
+        super().__init__(student_channels, teacher_channels, lambda_mgd=lambda_mgd, mask_on_channel=mask_on_channel)
+
+    def forward(self, feature: Levels) -> Levels:  # type: ignore[override]
+        """The teacher's feature as generated from the student's, a tensor or a list as that is."""
+        aligned = self._aligned(as_features(feature, "feature", 1))
+        generated = self._generated_under(self._draw(aligned, None), aligned)
+        return generated[0] if isinstance(feature, Tensor) else generated
+
+
+@MODELS.register_module()
+class FeatureDistillation(BaseModel):
+    """A student and a teacher of any OpenMMLab package, and the losses between their layers, for mmengine's Runner.
+
+    Training adds ``distill.loss_<name>`` of each tap to the student's losses; validation and testing run the student
+    alone. A checkpoint names the student's parameters as the student does, so that it loads into the student's own
+    config, and a student's checkpoint loads into this model; aligns and losses with their warm-up counters are under
+    ``distiller.``, the teacher is in none. The teacher is called with ``mode="tensor"``, so without need of labels, and
+    ends after its last tap.
+
+    Args:
+        student: the student's config, or the path of a config file that has it as ``model``
+            (``"mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"``), or the model.
+        teacher: likewise. What it lacks of ``teacher_ckpt`` is random; that is an error.
+        taps: the losses: a list of what ``Tap`` takes, with ``loss`` and ``align`` as configs:
+            ``dict(student="neck", teacher="neck", loss=dict(type="MasKDLoss", channels=[256] * 5), name="maskd")``.
+        teacher_ckpt: the teacher's checkpoint, a path or whatever mmengine loads. None: the teacher's own ``init_cfg``.
+        inherit: layers of the student that start with the teacher's parameters: ``["neck", "bbox_head"]``.
+        example_shape: C, H, W of an image that shows the channels where aligns are to be built.
+        data_preprocessor: None: the student's.
+        init_cfg: kept for mmengine.
+
+    Raises:
+        ValueError: a checkpoint or inherited layers that do not fit; as ``Distiller``.
+        TypeError: as ``Distiller`` and ``Tap``.
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any,
+        taps: Sequence[Mapping[str, Any]],
+        teacher_ckpt: str | None = None,
+        inherit: Sequence[str] = (),
+        example_shape: Sequence[int] = (3, 64, 64),
+        data_preprocessor: Any = None,
+        init_cfg: Any = None,
+    ) -> None:
+        student, teacher = _built(student), _teacher(teacher, teacher_ckpt)
+        super().__init__(data_preprocessor or student.data_preprocessor, init_cfg)
+        made = [_tap(tap) for tap in ([taps] if isinstance(taps, Mapping) else taps)]
+        call = functools.partial(_as_tensors, inspect.signature(teacher.forward))
+        self.distiller = Distiller(student, teacher, made, teacher_inputs=call)
+        self.inherit = list(inherit)
+        self._teacher_is_loaded = teacher_ckpt is not None
+        if any(tap.builds_align for tap in made):
+            self._build_aligns(torch.zeros(1, *example_shape))
+        self._register_state_dict_hook(_leave_out)
+        self.register_load_state_dict_pre_hook(_put_in)
+
+    def _build_aligns(self, images: Tensor) -> None:
+        try:
+            self.distiller.build(images, mode="tensor")
+        except (ValueError, TypeError) as error:
+            if str(error).startswith(tuple(pair.label for pair in self.distiller._pairs)):
+                raise  # features that do not fit
+            raise _unbuilt(images, error) from error
+        except Exception as error:  # whatever a detector makes of a lack of labels
+            raise _unbuilt(images, error) from error
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FeatureDistillation:
+        """A copy that shares the teacher, for moving averages."""
+        memo[id(self.distiller.teacher)] = self.distiller.teacher
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def init_weights(self) -> None:
+        """Initialises the student, and a teacher without ``teacher_ckpt``, as their configs say; then inherits."""
+        student, teacher = self.distiller.student, self.distiller.teacher
+        if not self._teacher_is_loaded:
+            teacher.init_weights()  # type: ignore[operator]
+        student.init_weights()  # type: ignore[operator]
+        for name in self.inherit:
+            try:
+                student.get_submodule(name).load_state_dict(teacher.get_submodule(name).state_dict())
+            except (AttributeError, RuntimeError) as error:
+                raise ValueError(f"inherit: {name!r} of the teacher does not fit the student: {error}") from error
+        self._is_init = True
+
+    def forward(self, *args: Any, mode: str = "tensor", **kwargs: Any) -> Any:
+        """Losses of the student and of the taps in mode ``loss``; what the student returns in all others."""
+        if mode != "loss":
+            return self.distiller.student(*args, mode=mode, **kwargs)
+        losses, distilled = self.distiller(*args, mode=mode, **kwargs)
+        return {**losses, **{f"distill.loss_{name}": value for name, value in distilled.items()}}
+
+
+@MODELS.register_module()
+class TokenTraining(BaseModel):
+    """Learns receptive tokens on a teacher, as a stage of its own in mmengine's Runner.
+
+    Its losses are the teacher's own under the masks, and ``loss_dice``; validation is of the teacher under the masks.
+    Parameters, and so checkpoints, are the tokens alone. ``SaveTokensHook`` writes them as ``pretrained`` reads them.
+
+    Args:
+        teacher: the teacher's config, or the path of a config file that has it as ``model``, or the model.
+        layer: the layer that is masked; a list of them, or a dict of what ``Layer`` takes.
+        channels: channels of each level; one number for a single map.
+        teacher_ckpt: the teacher's checkpoint. None: the teacher's own ``init_cfg``.
+        num_tokens: receptive tokens per level.
+        weight_mask: whether masks are weighted per image.
+        data_preprocessor: None: the teacher's.
+        init_cfg: kept for mmengine.
+    """
+
+    def __init__(
+        self,
+        teacher: Any,
+        layer: Any,
+        channels: int | Sequence[int],
+        teacher_ckpt: str | None = None,
+        num_tokens: int = 6,
+        weight_mask: bool = True,
+        data_preprocessor: Any = None,
+        init_cfg: Any = None,
+    ) -> None:
+        teacher = _teacher(teacher, teacher_ckpt)
+        super().__init__(data_preprocessor or copy.deepcopy(teacher.data_preprocessor), init_cfg)
+        self._teacher_is_loaded = teacher_ckpt is not None
+        self.trainer = TokenTrainer(teacher, _layer(layer), channels, num_tokens=num_tokens, weight_mask=weight_mask)
+
+    def init_weights(self) -> None:
+        """Initialises a teacher without ``teacher_ckpt`` as its config says."""
+        if not self._teacher_is_loaded:
+            self.trainer.teacher.init_weights()  # type: ignore[operator]
+        self._is_init = True
+
+    def forward(self, *args: Any, mode: str = "tensor", **kwargs: Any) -> Any:
+        """The teacher's losses under the masks and the masks' own in mode ``loss``; else what the teacher returns."""
+        output, dice = self.trainer(*args, mode=mode, **kwargs)
+        return {**output, "loss_dice": dice} if mode == "loss" else output
+
+
+@HOOKS.register_module()
+class SaveTokensHook(Hook):
+    """Writes the tokens of a ``TokenTraining`` model after training, as ``pretrained=`` of the losses reads them.
+
+    Args:
+        out: the file; None: ``tokens.pth`` in the Runner's working directory.
+    """
+
+    def __init__(self, out: str | None = None) -> None:
+        self.out = out
+
+    def after_train(self, runner: Any) -> None:
+        """Writes the file."""
+        model = _model(runner, TokenTraining, "SaveTokensHook")
+        _save(model.trainer, runner, self.out or os.path.join(runner.work_dir, "tokens.pth"))
+
+
+@HOOKS.register_module()
+class TokenTrainingHook(Hook):
+    """Before distillation begins, learns the tokens of those MasKD losses of a ``FeatureDistillation`` that have none.
+
+    On the Runner's own training batches, by the teacher's own losses under the masks and the masks' Dice coefficient,
+    with a learning rate that falls to ``min_lr`` as a cosine. Nothing happens where tokens have been loaded, by
+    ``pretrained`` or from a checkpoint, so that a resumed run goes on at once.
+
+    Args:
+        iterations: steps for each loss; the authors take 2,000 in detection, 10,000 in segmentation.
+        optimizer: the optimizer's config: the authors take ``dict(type="Adam", lr=0.01, weight_decay=0.001)`` in
+            detection, the default, and ``dict(type="SGD", lr=0.1)`` in segmentation.
+        min_lr: the last step's learning rate.
+        out: file to write the tokens to, for ``pretrained`` in later runs; with several losses, one each, their names
+            before the ending. None: none.
+        interval: steps between lines in the log.
+    """
+
+    def __init__(
+        self,
+        iterations: int = 2000,
+        optimizer: Mapping[str, Any] | None = None,
+        min_lr: float = 1e-6,
+        out: str | None = None,
+        interval: int = 50,
+    ) -> None:
+        self.iterations, self.min_lr, self.out, self.interval = iterations, min_lr, out, interval
+        self.optimizer = dict(optimizer or {"type": "Adam", "lr": 0.01, "weight_decay": 0.001})
+
+    def before_train(self, runner: Any) -> None:
+        """Learns what is to be learned."""
+        model = _model(runner, FeatureDistillation, "TokenTrainingHook")
+        due = [(pair.label, tap) for pair, tap in zip(model.distiller._pairs, model.distiller.taps, strict=True)]
+        due = [(label, tap) for label, tap in due if any(not m.learned for m in _mask_modules(tap.loss))]
+        for label, tap in due:
+            modules = _mask_modules(tap.loss)
+            count, weighted = modules[0].mask_token.shape[0], modules[0].weight_mask
+            channels: Any = [module.mask_token.shape[1] for module in modules]
+            layer = tap.side(tap.teacher)
+            options = {"num_tokens": count, "weight_mask": weighted}
+            with TokenTrainer(model.distiller.teacher, layer, channels, **options) as trainer:
+                device = modules[0].mask_token.device
+                trainer.mask_modules.to(device)
+                self._learn(runner, model, trainer, label)
+                for module, learned in zip(modules, trainer.mask_modules, strict=True):
+                    module.load_state_dict(learned.state_dict())
+                if self.out:
+                    root, ending = os.path.splitext(self.out)
+                    _save(trainer, runner, self.out if len(due) == 1 else f"{root}.{label}{ending}")
+
+    def _learn(self, runner: Any, model: FeatureDistillation, trainer: TokenTrainer, label: str) -> None:
+        wrapped: nn.Module = trainer
+        if runner.distributed:
+            wrapped = nn.parallel.DistributedDataParallel(trainer)
+        optimizer = OPTIMIZERS.build({**self.optimizer, "params": list(trainer.parameters())})
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(self.iterations, 1), self.min_lr)
+        step = 0
+        while step < self.iterations:
+            for batch in runner.train_dataloader:
+                data = model.data_preprocessor(batch, True)
+                call = functools.partial(wrapped, mode="loss")
+                output, dice = call(**data) if isinstance(data, dict) else call(*data)
+                loss, values = model.parse_losses({**output, "loss_dice": dice})
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                step += 1
+                if step % self.interval == 0 or step == self.iterations:
+                    line = ", ".join(f"{name}: {float(value):.4f}" for name, value in values.items())
+                    print_log(f"tokens of {label} [{step}/{self.iterations}] {line}", logger="current")
+                if step == self.iterations:
+                    break
+
+
+def _model(runner: Any, kind: type, hook: str) -> Any:
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    if not isinstance(model, kind):
+        raise TypeError(f"{hook}: expected model=dict(type='{kind.__name__}', ...), got a {type(model).__name__}")
+    return model
+
+
+def _mask_modules(loss: Any) -> list[MaskModule]:
+    """A loss's tokens, as far as they are to be learned before it is used."""
+    modules = list(loss.modules()) if isinstance(loss, (MasKDLoss, MasKDSegLoss)) else []
+    return [m for m in modules if isinstance(m, MaskModule) and not m.mask_token.requires_grad]
+
+
+def _save(trainer: TokenTrainer, runner: Any, path: str) -> None:
+    if runner.rank == 0:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        trainer.save(path)
+        print_log(f"tokens written to {path}", logger="current")
+
+
+def _built(model: Any) -> Any:
+    """A model of its config, of the path of a config file, or as it is."""
+    if isinstance(model, str):
+        config = get_config(model) if "::" in model else Config.fromfile(model)
+        model = {"_scope_": config.get("default_scope"), **config.model}
+    if isinstance(model, Mapping):
+        model = MODELS.build(dict(model))
+    if not isinstance(model, BaseModel):
+        raise TypeError(f"student, teacher: expected a BaseModel of mmengine or its config, got {type(model).__name__}")
+    return model
+
+
+def _teacher(teacher: Any, checkpoint: str | None) -> Any:
+    """The teacher, with the parameters of its checkpoint; one without is not refused, but told."""
+    teacher = revert_sync_batchnorm(_built(teacher))  # it never trains, and may run on a CPU
+    if checkpoint is None:
+        if teacher.init_cfg is None:
+            print_log("the teacher has neither teacher_ckpt nor init_cfg: is it trained?", "current", 30)
+        return teacher
+    try:
+        loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"teacher_ckpt: PyTorch 2.6 and newer refuse to unpickle what mmengine keeps in {checkpoint} beside the "
+            "parameters; if you trust the file, set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1"
+        ) from error
+    state = loaded.get("state_dict", loaded)
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    try:
+        missing = teacher.load_state_dict(state, strict=False).missing_keys
+    except RuntimeError as error:
+        raise ValueError(f"teacher_ckpt: {checkpoint} does not fit the teacher: {error}") from error
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+    if missing:
+        raise ValueError(
+            f"teacher_ckpt: {checkpoint} lacks {len(missing)} of the teacher's parameters: {', '.join(missing[:3])}, ..."
+        )
+    return teacher
+
+
+def _layer(layer: Any) -> Any:
+    return Layer(**layer) if isinstance(layer, Mapping) else layer
+
+
+def _tap(config: Mapping[str, Any]) -> Tap:
+    """A Tap of a config's dict."""
+    if isinstance(config, Tap):
+        return config
+    options = dict(config)
+    for side in ("student", "teacher"):
+        if side in options:
+            options[side] = _layer(options[side])
+    for part in ("loss", "align"):
+        if isinstance(options.get(part), Mapping):
+            options[part] = MODELS.build(dict(options[part]))
+    return Tap(**options)
+
+
+def _as_tensors(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The teacher's call: the student's, for its bare output."""
+    return dict(signature.bind(*args, **{**kwargs, "mode": "tensor"}).arguments)
+
+
+def _unbuilt(images: Tensor, error: Exception) -> ValueError:
+    return ValueError(
+        f"taps: aligns are to be built, and the models do not run on {list(images.shape)} images without labels "
+        f"({type(error).__name__}: {error}); give each tap align=dict(type='AlignConnector', student_channels=..., "
+        "teacher_channels=...) or align=None"
+    )
+
+
+def _leave_out(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Checkpoints name the student's parameters as the student does."""
+    for key in [key for key in state if key.startswith(prefix + _STUDENT)]:
+        state[prefix + key[len(prefix + _STUDENT) :]] = state.pop(key)
+
+
+def _put_in(_module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix) and not key.startswith(prefix + "distiller.")]:
+        state[prefix + _STUDENT + key[len(prefix) :]] = state.pop(key)
