@@ -1,10 +1,10 @@
 """Distilling with mmengine's Runner (mmdetection 3.x, mmsegmentation 1.x); losses and connectors for mmrazor 1.x.
 
 ``custom_imports = dict(imports=["maskd_kernels.integrations.mmengine"])`` in a config registers in mmengine's root
-registry: the losses ``MasKDLoss``, ``MasKDSegLoss``, ``MGDLoss``, ``AMDLoss`` and ``PyramidSmoothL1Loss``, the connectors
-``AlignConnector`` and ``MGDConnector``, the models ``FeatureDistillation`` and ``TokenTraining``, and the hooks
-``TokenTrainingHook`` and ``SaveTokensHook``. Where another registry has one of these names (mmrazor: ``MGDLoss`` and
-``MGDConnector``), ``mmengine.MGDLoss`` is the one of here.
+registry: the losses ``MasKDLoss``, ``MasKDSegLoss``, ``MGDLoss``, ``AMDLoss`` and ``PyramidSmoothL1Loss``, the
+connectors ``AlignConnector`` and ``MGDConnector``, the models ``FeatureDistillation`` and ``TokenTraining``, and the
+hooks ``TokenTrainingHook`` and ``SaveTokensHook``. Where another registry has one of these names (mmrazor: ``MGDLoss``
+and ``MGDConnector``), ``mmengine.MGDLoss`` is the one of here.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class AlignConnector(nn.ModuleList):
 
 @MODELS.register_module()
 class MGDConnector(MGDLoss):
-    """mmrazor's connector of this name, by constructor and ``state_dict``: masks and generates, and leaves the comparison.
+    """mmrazor's connector of this name, by constructor and ``state_dict``: masks and generates.
 
     Its ``MGDLoss`` compares; ``mmengine.MGDLoss`` does both at once, and over a whole pyramid.
 
@@ -242,7 +242,7 @@ class TokenTraining(BaseModel):
         init_cfg: Any = None,
     ) -> None:
         teacher = _teacher(teacher, teacher_ckpt)
-        super().__init__(data_preprocessor or copy.deepcopy(teacher.data_preprocessor), init_cfg)
+        super().__init__(data_preprocessor or teacher.data_preprocessor, init_cfg)
         self._teacher_is_loaded = teacher_ckpt is not None
         self.trainer = TokenTrainer(teacher, _layer(layer), channels, num_tokens=num_tokens, weight_mask=weight_mask)
 
@@ -314,8 +314,9 @@ class TokenTrainingHook(Hook):
             count, weighted = modules[0].mask_token.shape[0], modules[0].weight_mask
             channels: Any = [module.mask_token.shape[1] for module in modules]
             layer = tap.side(tap.teacher)
-            options = {"num_tokens": count, "weight_mask": weighted}
-            with TokenTrainer(model.distiller.teacher, layer, channels, **options) as trainer:
+            with TokenTrainer(
+                model.distiller.teacher, layer, channels, num_tokens=count, weight_mask=weighted
+            ) as trainer:
                 device = modules[0].mask_token.device
                 trainer.mask_modules.to(device)
                 self._learn(runner, model, trainer, label)
@@ -405,7 +406,7 @@ def _teacher(teacher: Any, checkpoint: str | None) -> Any:
     missing = [key for key in missing if not key.endswith("num_batches_tracked")]
     if missing:
         raise ValueError(
-            f"teacher_ckpt: {checkpoint} lacks {len(missing)} of the teacher's parameters: {', '.join(missing[:3])}, ..."
+            f"teacher_ckpt: {checkpoint} lacks {len(missing)} of the teacher's values: {', '.join(missing[:3])}, ..."
         )
     return teacher
 
