@@ -22,7 +22,6 @@ STEP = [
     "Share: what is added to the step without distillation, of the whole step. Teacher and loss are measured by",
     "themselves, in the same rounds. A prepared teacher: batch norms folded, channels-last.",
     "",
-    "![Training steps](benchmarks/end_to_end.png)",
 ]
 OURS = ("auto", "triton", "native")
 COMPETITORS = {
@@ -110,7 +109,11 @@ def readme_section() -> str:
         retinanet = content["models"][0]
         lines += ["", f"A whole training step, {retinanet['title']}, {_device(content)}:", ""]
         lines += step_table(retinanet["rows"])
-        lines += ["", "A teacher in bfloat16 pays where the processor computes in it; AVX2 and plain AVX-512 do not."]
+    lines += [
+        "",
+        "A teacher in bfloat16 pays where the processor has instructions for it (AVX-512-BF16, AMX). The machine with",
+        "avx512 above has, the one with avx2 has not, and computes it many times slower than float32.",
+    ]
     lines += ["", "More, and how to reproduce it: [docs/benchmarks.md](docs/benchmarks.md)."]
     return "\n".join(lines)
 
@@ -223,6 +226,7 @@ def page() -> str:
     for path in sorted(RESULTS.glob("*/end_to_end.json")):
         content = json.loads(path.read_text())
         lines += ["", f"## A training step, end to end, on {_device(content)}", "", *STEP]
+        lines.append(f"![Training steps](benchmarks/end_to_end-{path.parent.name}.png)")
         for model in content["models"]:
             lines += ["", f"### {model['title']}", "", *step_table(model["rows"])]
     return "\n".join(lines) + "\n"
