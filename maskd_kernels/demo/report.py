@@ -148,7 +148,6 @@ def run(out: Path, settings: Settings | None = None) -> dict[str, Any]:
         "validation_miou": {
             "teacher": demo.stage("teacher", dict)["validation"],
             "by loss weight": {m: {f"{w:g}": r["validation"] for w, r in t.items()} for m, t in trials.items()},
-            **{names[method]: [r["validation"] for r in results] for method, results in students.items()},
         },
         "loss_weights": weights,
         "loss_ms": loss_ms,
