@@ -18,10 +18,14 @@ DETECTOR = {"weights": None, "weights_backbone": None, "num_classes": 3, "min_si
 
 
 def ran(model):
-    """Names of the modules that start in the next forwards. No forward hooks: those would make it run whole."""
+    """Names of the modules that start in the next forwards. No hooks: those would make it run whole."""
     names = []
+
+    def noted(name, forward):
+        return lambda *args, **kwargs: names.append(name) or forward(*args, **kwargs)
+
     for name, module in model.named_modules():
-        module.register_forward_pre_hook(lambda *_, name=name: names.append(name))
+        module.forward = noted(name, module.forward)
     return names
 
 
@@ -84,9 +88,11 @@ def test_deeplab():
     from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
 
     teacher = deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3, aux_loss=True)
-    assert_ends(teacher, ["backbone"], torch.rand(2, 3, 64, 64), without=["classifier", "aux_classifier"])
+    assert_ends(
+        copy.deepcopy(teacher), ["backbone"], torch.rand(2, 3, 64, 64), without=["classifier", "aux_classifier"]
+    )
     taps = ["classifier.4", "backbone"]
-    assert_ends(copy.deepcopy(teacher), taps, torch.rand(2, 3, 64, 64), without=["aux_classifier"])
+    assert_ends(teacher, taps, torch.rand(2, 3, 64, 64), without=["aux_classifier"])
 
 
 class Levels(nn.Module):
@@ -156,6 +162,45 @@ def test_each_form_of_inputs_is_learned_by_itself():
     assert recorder.run(teacher, ([torch.randn(3, 16, 20)],), {}, output=False)[0] is None  # sizes are no form
 
 
+def test_flags_decide_how_often_layers_run():
+    """A layer that has run once ends the forward, so nothing would show that it is to run again."""
+
+    class Iterates(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.block, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x, count=1, mode="once"):
+            x = self.stem(x)
+            for _ in range(count + (mode == "again")):
+                x = self.block(x)
+            return self.head(x)
+
+    teacher = Iterates().eval()
+    recorder = Recorder(teacher, "teacher", ["block"])
+    for _ in range(2):
+        for args, kwargs, runs in (((), {}, 1), ((2,), {}, 2), ((), {"count": 3}, 3), ((), {"mode": "again"}, 2)):
+            output, got = recorder.run(teacher, (IMAGE, *args), kwargs, output=False)
+            assert len(got["block"]) == runs
+
+
+def test_annotations_are_no_form():
+    """Masks and keypoints come in another number for every image."""
+    teacher = Net(4).eval()
+    teacher.forward = lambda x, targets=None: Net.forward(teacher, x)
+    recorder = Recorder(teacher, "teacher", ["neck"])
+    recorder.run(teacher, (IMAGE, [{"masks": torch.ones(1, 4, 4)}] * 2), {}, output=False)
+    for count in range(2, 5):
+        targets = [{"masks": torch.ones(count, 4, 4), "keypoints": torch.ones(count, 17, 3)}, {}]
+        keypoints = {"targets": targets}
+        recorder.run(teacher, (IMAGE,), keypoints, output=False)
+    assert recorder.run(teacher, (IMAGE,), keypoints, output=False)[0] is None
+    assert len(recorder._plans) == 2
+    for count in range(100):  # what changes in every call is not remembered for ever
+        recorder.run(teacher, (IMAGE[:, :, :2, :2], count), {}, output=False)
+    assert len(recorder._plans) == 64
+
+
 def test_tap_of_the_output_and_tap_that_never_runs():
     assert_ends(Net(4), [""], IMAGE, ends=False)
     assert_ends(Net(4), ["head", "neck"], IMAGE, ends=True)
@@ -219,16 +264,24 @@ def test_hooks_of_others_run():
     assert seen == ["stem"]
     assert "head" not in names
     torch.testing.assert_close(losses["neck"], neck_loss(d))
-    for module in (teacher.head, teacher):
-        handle = module.register_forward_hook(lambda *_: seen.append("cut"), always_call=True)
+    anywhere = nn.modules.module
+    for register, expected in (
+        (teacher.head.register_forward_hook, teacher.head),
+        (teacher.register_forward_hook, teacher),
+        (teacher.head.register_forward_pre_hook, teacher.head),
+        (anywhere.register_module_forward_hook, teacher),
+        (anywhere.register_module_forward_pre_hook, teacher.head),
+    ):
+        handle = register(lambda module, *_: seen.append(module))
         seen.clear()
         d(IMAGE)
-        assert seen[-1] == "cut"
         handle.remove()
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+        assert expected in seen
+    for module in (teacher, teacher.stem):  # what runs anyway
+        module.register_forward_pre_hook(lambda *_: seen.append("before"))
+    names.clear()
     d(IMAGE)
-    handle.remove()
-    assert teacher in seen
+    assert "head" not in names
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, "ddp"])
@@ -396,7 +449,8 @@ def test_teacher_with_a_compiled_part_ends():
     teacher.neck = torch.compile(teacher.neck, backend="eager")
     d = Distiller(Net(8), teacher, Tap("neck", "neck", mse), example_inputs=IMAGE)
     names = []
-    teacher.head.register_forward_pre_hook(lambda *_: names.append("head"))
+    head = teacher.head.forward
+    teacher.head.forward = lambda x: names.append("head") or head(x)
     for _ in range(2):
         _, losses = d(IMAGE)
         torch.testing.assert_close(losses["neck"], neck_loss(d))

@@ -116,7 +116,8 @@ class Distiller(FrozenTeacher):
         self._removed = False
         self._shards_checked = False
         self._refuse_wrapped_student()
-        teacher.eval()
+        with self._teacher_in_eval():
+            pass
         student_names = [name for pair in self._pairs for name in pair.student.names]
         teacher_names = [name for pair in self._pairs for name in pair.teacher.names]
         self._student_recorder = Recorder(student, "student", student_names)
@@ -127,9 +128,21 @@ class Distiller(FrozenTeacher):
 
     def train(self, mode: bool = True) -> Distiller:
         """Sets the mode of student and losses; the teacher stays in eval mode."""
-        super().train(mode)
         self.teacher.eval()
+        super().train(mode)  # after it, for modules that are the student's as well
         return self
+
+    @contextmanager
+    def _teacher_in_eval(self) -> Iterator[None]:
+        """The teacher in eval mode; modules that are the student's as well return to theirs."""
+        student = set(self.student.modules())
+        modes = [(module, module.training) for module in self.teacher.modules() if module in student]
+        self.teacher.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
     @torch.no_grad()
     def build(self, *args: Any, **kwargs: Any) -> None:
@@ -196,10 +209,9 @@ class Distiller(FrozenTeacher):
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], learn: bool = False) -> tuple[Any, _Call]:
         if self._removed:
             raise RuntimeError("the distiller's hooks have been removed; make a new Distiller")
-        self.teacher.eval()
         own = (args, kwargs) if self.teacher_inputs is None else as_call(self.teacher_inputs(*args, **kwargs))
         teacher_args, teacher_kwargs = cast_to(self.teacher, own)
-        with torch.no_grad():
+        with torch.no_grad(), self._teacher_in_eval():
             teacher_output, teacher = self._teacher_recorder.run(
                 self.teacher, teacher_args, teacher_kwargs, learn=learn, output=self._keeps_teacher_output
             )

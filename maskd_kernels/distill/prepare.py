@@ -436,9 +436,12 @@ def _new_under_autocast(model_class: Any) -> Any:
 def _lay_channels_last(model: nn.Module) -> None:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     for layer in model.modules():
-        if isinstance(layer, nn.modules.conv._ConvNd) and layer.weight.dim() in formats:
-            weight = layer.weight.contiguous(memory_format=formats[layer.weight.dim()])
-            layer.weight = nn.Parameter(weight, requires_grad=False)
+        if not isinstance(layer, nn.modules.conv._ConvNd):
+            continue
+        weight = layer._parameters.get("weight")  # none where it is computed: weight norm, other parametrisations
+        if weight is not None and weight.dim() in formats:
+            laid = weight.contiguous(memory_format=formats[weight.dim()])
+            layer.weight = nn.Parameter(laid, requires_grad=False)
 
 
 # How far the features are off
