@@ -131,6 +131,36 @@ def test_teacher_stays_frozen():
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_modules_of_both_models_keep_the_students_mode():
+    """Self-distillation: a model, or a part of it, teaches itself; its batch norms learn all the same."""
+    model = Net(8)
+    d = Distiller(model, model.stem, Tap("neck.conv", "0", mse), example_inputs=IMAGE)
+    assert all(m.training for m in model.modules())
+    d.eval().train()
+    model.stem[1].eval()  # as one likes
+    d(IMAGE)
+    assert [m.training for m in model.stem] == [True, False, True]
+    model.train()
+    before, seen = model.stem[1].running_mean.clone(), []
+    d.taps[0].loss = lambda s, t: seen.append(t) or mse(s, t)
+    d(IMAGE)
+    assert not torch.equal(model.stem[1].running_mean, before)
+    torch.testing.assert_close(seen[0], model.stem[0](IMAGE))
+    d.eval()
+    assert not any(m.training for m in model.modules())
+
+
+def test_aligns_built_under_inference_mode_train():
+    for example_inputs in (None, IMAGE):
+        student, teacher = Net(4), Net(8)
+        with torch.inference_mode():
+            d = Distiller(student, teacher, Tap("neck", "neck", mse), example_inputs=example_inputs)
+            d(IMAGE)
+        _, losses = d(IMAGE)
+        losses["neck"].backward()
+        assert all(p.grad is not None for p in d.aligns.parameters())
+
+
 def test_teacher_is_not_saved_but_moves():
     teacher = Net(8)
     d = distiller(teacher=teacher, loss=MasKDLoss([8, 8]))
@@ -320,6 +350,18 @@ def test_compiled_models(which):
     torch.testing.assert_close(losses["neck"], expected["neck"])
 
 
+def test_compiled_distiller():
+    torch._dynamo.reset()
+    d = distiller().eval()
+    _, expected = d(IMAGE)
+    compiled = torch.compile(d, backend="eager")
+    for _ in range(2):
+        output, losses = compiled(IMAGE)
+        torch.testing.assert_close(losses["neck"], expected["neck"])
+    (output["logits"].sum() + losses["neck"]).backward()
+    assert all(p.grad is not None for p in d.parameters())
+
+
 def test_torchvision_detector():
     from torchvision.models.detection import retinanet_resnet50_fpn
 
@@ -452,11 +494,14 @@ def test_teacher_in_inference_mode():
             return super().forward(x)
 
     student, teacher = InPlace(), Teacher().eval()
-    d = Distiller(student, teacher, [Tap("conv", "conv", MasKDLoss(4))], example_inputs=IMAGE)
-    for _ in range(2):
-        _, losses = d(IMAGE)
-        losses["conv"].backward()
-        torch.testing.assert_close(losses["conv"], d.losses[0](student.conv(IMAGE), teacher.conv(IMAGE)))
+    for whole in (False, True):  # the whole teacher goes on to change the layer's output
+        taps = [Tap("conv", "conv", mse), Tap("conv", "conv", MasKDLoss(4), name="maskd")]
+        d = Distiller(student, teacher, taps, example_inputs=IMAGE, teacher_output=whole)
+        for _ in range(2):
+            _, losses = d(IMAGE)
+            sum(losses.values()).backward()
+            s, t = student.conv(IMAGE), teacher.conv(IMAGE)
+            torch.testing.assert_close(losses, {"conv": mse(s, t), "maskd": d.losses[0](s, t)})
 
 
 def test_in_place_operation_in_compiled_models():
@@ -471,6 +516,21 @@ def test_in_place_operation_in_compiled_models():
         expected = mse(student.conv(IMAGE), teacher.conv(IMAGE))
         torch.testing.assert_close(losses["conv"], expected)
         torch.testing.assert_close(student.conv.weight.grad, torch.autograd.grad(expected, student.conv.weight)[0])
+
+
+@pytest.mark.parametrize("example_inputs", [None, IMAGE])
+def test_change_in_place_that_no_version_shows(example_inputs):
+    class Clamps(InPlace):
+        def forward(self, x):
+            x = self.conv(x)
+            x.data.clamp_(0)
+            return x
+
+    student, teacher = Clamps(), Clamps()
+    d = Distiller(student, teacher, Tap("conv", "conv", mse), example_inputs=example_inputs, teacher_output=True)
+    for _ in range(2):
+        _, losses = d(IMAGE)
+        torch.testing.assert_close(losses["conv"], mse(student.conv(IMAGE), teacher.conv(IMAGE)))
 
 
 def test_torchvision_resnet_with_in_place_relu():
@@ -729,6 +789,17 @@ def test_building_tries_the_loss_and_leaves_no_traces():
         distiller(Net(8), Net(8), loss=MasKDLoss([8, 8, 8]))
     with pytest.raises(ValueError, match=r"neck: the loss cannot take .*expected \[K, 8\]"):
         distiller(Net(8), Net(8), loss=MasKDLoss([16, 16]))
+
+
+def test_building_tries_the_gradient():
+    """PyTorch's own losses are not differentiable between two dtypes, which only their backward pass says."""
+    with pytest.raises(
+        RuntimeError, match=r"neck: the loss cannot take .* of torch.float32 and torch.bfloat16: .*BFloat16"
+    ):
+        distiller(Net(8), Net(8).bfloat16())
+    distiller(Net(8), Net(8), loss=lambda s, t: mse(s, t).detach())
+    with pytest.raises(TypeError, match=r"neck: the loss cannot take .*: expected a tensor of it, got dict"):
+        distiller(Net(8), Net(8), loss=lambda s, t: {"loss": mse(s, t)})
 
 
 def test_things_that_are_no_taps():

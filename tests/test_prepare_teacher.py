@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torchvision.models import resnet18
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
 from torchvision.models.segmentation import deeplabv3_resnet50, lraspp_mobilenet_v3_large
@@ -282,6 +283,51 @@ def test_compiled():
     trained(branched)
     assert prepare_teacher(branched, compile=True).preparation.folded == {}  # nothing has checked the piece
     assert prepare_teacher(branched, compile=True, example_inputs=(x,)).preparation.folded == {"block.1": "block.0"}
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+def parametrized(convolution):
+    nn.utils.parametrize.register_parametrization(convolution, "weight", Halved())
+    return convolution
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    "computed",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        parametrized,
+        lambda convolution: prune.l1_unstructured(convolution, "weight", 0.5),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_weights_that_are_computed_are_left(computed, dtype):
+    teacher = trained(nn.Sequential(computed(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)))
+    x = torch.randn(2, 3, 9, 7)
+    expected = teacher(x)  # leaves a result of the computation in the convolution
+    prepared = prepare_teacher(teacher, dtype=dtype)
+    assert set(prepared.preparation.left) == {"1"}
+    for _ in range(2):
+        assert off(prepared(x), expected) < (1e-6 if dtype is None else 1e-2)
+
+
+def test_batch_norms_that_do_more_are_left_and_named():
+    class BatchNormAct(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    teacher = trained(nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct(4)))
+    prepared = prepare_teacher(teacher)
+    assert prepared.preparation.left == {"1": "is a BatchNormAct, which may do more than normalise"}
+    x = torch.randn(2, 3, 9, 7)
+    assert off(prepared(x), teacher(x)) < 1e-6
 
 
 def test_channels_last():

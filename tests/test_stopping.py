@@ -88,11 +88,9 @@ def test_deeplab():
     from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
 
     teacher = deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3, aux_loss=True)
-    assert_ends(
-        copy.deepcopy(teacher), ["backbone"], torch.rand(2, 3, 64, 64), without=["classifier", "aux_classifier"]
-    )
-    taps = ["classifier.4", "backbone"]
-    assert_ends(teacher, taps, torch.rand(2, 3, 64, 64), without=["aux_classifier"])
+    x = torch.rand(2, 3, 64, 64)
+    assert_ends(copy.deepcopy(teacher), ["backbone"], x, without=["classifier", "aux_classifier"])
+    assert_ends(teacher, ["classifier.4", "backbone"], x, without=["aux_classifier"])
 
 
 class Levels(nn.Module):
@@ -141,6 +139,34 @@ def test_number_of_runs_that_changes(levels):
             assert_equal(got["neck.conv"], teacher.neck(teacher.stem(IMAGE), count))
 
 
+def test_what_is_around_all_runs_may_itself_run_again():
+    """All runs were in the first of two runs of a module: then what has it in turn is awaited."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.neck, self.counts = Shared(), (2, 0)
+
+        def forward(self, x):
+            return [y for count in self.counts for y in self.neck(x, count)]
+
+    class Teacher(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.twice, self.after = nn.Conv2d(3, 4, 3), Twice(), nn.Identity()
+
+        def forward(self, x):
+            return self.after(self.twice(self.stem(x)))
+
+    teacher = Teacher().eval()
+    recorder = Recorder(teacher, "teacher", ["twice.neck.conv"])
+    for counts, ends in (((2, 0), False), ((2, 0), True), ((2, 1), False)):
+        teacher.twice.counts = counts
+        output, got = recorder.run(teacher, (IMAGE,), {}, output=False)
+        assert (output is None) == ends
+        assert len(got["twice.neck.conv"]) == sum(counts)
+
+
 def test_each_form_of_inputs_is_learned_by_itself():
     """Layers that run once for every image of a list."""
 
@@ -158,6 +184,8 @@ def test_each_form_of_inputs_is_learned_by_itself():
         inputs = [torch.randn(3, 8 + i, 8) for i in range(count)]
         _, got = recorder.run(teacher, (inputs,), {}, output=False)
         assert_equal(got["stem"], [teacher.stem(x) for x in inputs])
+        batch = torch.stack([torch.randn(3, 8, 8)] * count)
+        assert_equal(recorder.run(teacher, (batch,), {}, output=False)[1]["stem"], [teacher.stem(x) for x in batch])
     assert not recorder._whole
     assert recorder.run(teacher, ([torch.randn(3, 16, 20)],), {}, output=False)[0] is None  # sizes are no form
 
@@ -170,17 +198,24 @@ def test_flags_decide_how_often_layers_run():
             super().__init__()
             self.stem, self.block, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
 
-        def forward(self, x, count=1, mode="once"):
+        def forward(self, x, count=1, mode="once", options={}):  # noqa: B006
             x = self.stem(x)
-            for _ in range(count + (mode == "again")):
+            for _ in range(count + (mode == "again") + options.get("again", False)):
                 x = self.block(x)
             return self.head(x)
 
     teacher = Iterates().eval()
     recorder = Recorder(teacher, "teacher", ["block"])
     for _ in range(2):
-        for args, kwargs, runs in (((), {}, 1), ((2,), {}, 2), ((), {"count": 3}, 3), ((), {"mode": "again"}, 2)):
-            output, got = recorder.run(teacher, (IMAGE, *args), kwargs, output=False)
+        for args, kwargs, runs in (
+            ((), {}, 1),
+            ((2,), {}, 2),
+            ((), {"count": 3}, 3),
+            ((), {"mode": "again"}, 2),
+            ((), {"options": {"again": False}}, 1),
+            ((), {"options": {"again": True}}, 2),
+        ):
+            _, got = recorder.run(teacher, (IMAGE, *args), kwargs, output=False)
             assert len(got["block"]) == runs
 
 
@@ -282,6 +317,9 @@ def test_hooks_of_others_run():
     names.clear()
     d(IMAGE)
     assert "head" not in names
+    teacher.head._hf_hook = object()  # how Accelerate hooks: in place of the module's forward
+    d(IMAGE)
+    assert "head" in names
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, "ddp"])
@@ -298,6 +336,10 @@ def test_wrappers(wrap, tmp_path):
     assert "neck" in names
     assert "head" not in names
     torch.testing.assert_close(losses["neck"], neck_loss(d))
+    outputs = []
+    d.teacher.register_forward_hook(lambda *args: outputs.append(args[-1]))
+    d(IMAGE)
+    assert len(outputs) == 1
 
 
 def end_in_ddp(rank):

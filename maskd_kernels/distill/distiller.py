@@ -45,7 +45,8 @@ class Distiller(FrozenTeacher):
 
     The student's output comes back untouched, beside a dict of named, weighted losses to add to the task loss. The
     teacher runs in eval mode and without gradients, whatever mode the distiller is in; it is moved with the distiller
-    but is no part of its ``state_dict()`` and parameters. Works with models under ``torch.compile`` and under autocast.
+    but is no part of its ``state_dict()`` and parameters. Works under autocast and with models under ``torch.compile``
+    (compiling the distiller itself compiles its losses alone).
     For several processes wrap the distiller: ``DistributedDataParallel(Distiller(student, ...))``, or ``fully_shard``
     the student's blocks, then the distiller. It can be copied and pickled, with copies of both models; the models
     themselves carry nothing of it between calls (under ``torch.compile``: hooks, which copies of them lose). A tap gets
@@ -162,7 +163,7 @@ class Distiller(FrozenTeacher):
         for i, tap in enumerate(self.taps):
             student, teacher, single = self._fitted(i, call)
             with torch.enable_grad(), _without_traces(tap.loss, teacher[0].device) as loss:
-                self._loss(i, loss, [s.detach().requires_grad_() for s in student], teacher, single)
+                self._loss(i, loss, [s.detach().requires_grad_() for s in student], teacher, single, gradient=True)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What the optimizer needs: the parameters of student, aligns and losses that require gradients.
@@ -206,6 +207,7 @@ class Distiller(FrozenTeacher):
         self.raw_losses = raw
         return output, losses
 
+    @torch._disable_dynamo  # type: ignore[misc]
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], learn: bool = False) -> tuple[Any, _Call]:
         if self._removed:
             raise RuntimeError("the distiller's hooks have been removed; make a new Distiller")
@@ -278,15 +280,28 @@ class Distiller(FrozenTeacher):
         return F.interpolate(student, size=teacher.shape[2:], mode=_INTERPOLATION[student.dim()], align_corners=False)
 
     def _loss(
-        self, tap_index: int, loss: Callable[..., Tensor], student: list[Tensor], teacher: list[Tensor], single: bool
+        self,
+        tap_index: int,
+        loss: Callable[..., Tensor],
+        student: list[Tensor],
+        teacher: list[Tensor],
+        single: bool,
+        gradient: bool = False,
     ) -> Tensor:
-        """The loss's value; its complaints get the tap's name and both shapes."""
+        """The loss's value, its gradient tried; its complaints get the tap's name, both shapes, dtypes that differ."""
         try:
-            return loss(student[0], teacher[0]) if single else loss(student, teacher)
+            value = loss(student[0], teacher[0]) if single else loss(student, teacher)
+            if not isinstance(value, Tensor):
+                raise TypeError(f"expected a tensor of it, got {kind(value)}")
+            if gradient and value.requires_grad:
+                torch.autograd.grad(value.sum(), student, allow_unused=True)
+            return value
         except (ValueError, TypeError, RuntimeError) as error:
             if type(error) not in (ValueError, TypeError, RuntimeError):  # out of memory, for one
                 raise
             shapes = f"{_shapes(student)} and {_shapes(teacher)}"
+            if student[0].dtype != teacher[0].dtype:
+                shapes += f" of {student[0].dtype} and {teacher[0].dtype}"
             raise type(error)(f"{self._pairs[tap_index].label}: the loss cannot take {shapes}: {error}") from error
 
     def _build(self, call: _Call) -> list[str]:
@@ -304,8 +319,9 @@ class Distiller(FrozenTeacher):
                     convolutions.append(nn.Identity())
                     continue
                 dtype = next((p.dtype for p in self.student.parameters() if p.is_floating_point()), s.dtype)
-                convolution = _CONVOLUTIONS[s.dim()](s.shape[1], t.shape[1], kernel_size=1)
-                convolutions.append(convolution.to(device=s.device, dtype=dtype))
+                with torch.inference_mode(False):  # else it could never train
+                    convolution = _CONVOLUTIONS[s.dim()](s.shape[1], t.shape[1], kernel_size=1)
+                    convolutions.append(convolution.to(device=s.device, dtype=dtype))
                 built.append(f"{self._pairs[i].label} {s.shape[1]} to {t.shape[1]} channels")
             self.aligns[i] = convolutions
         self._built = True

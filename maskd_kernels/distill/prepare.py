@@ -107,7 +107,10 @@ def prepare_teacher(
         raise ValueError(f"dtype: expected None or one of {', '.join(map(str, _DTYPES))}, got {dtype}")
     tapped = [tap.side(tap.teacher).resolved(teacher, "taps").names if isinstance(tap, Tap) else [tap] for tap in taps]
     names = list(dict.fromkeys(layer_name(teacher, name, "taps") for found in tapped for name in found))
-    model = copy.deepcopy(unwrap(teacher)).eval().requires_grad_(False)
+    inner = unwrap(teacher)
+    held = [x for layer in inner.modules() for x in vars(layer).values() if isinstance(x, Tensor) and not x.is_leaf]
+    detached = {id(x): x.detach().clone() for x in held}  # results that layers keep: they cannot be copied
+    model = copy.deepcopy(inner, detached).eval().requires_grad_(False)
     before = _features(model, names, example_inputs)
 
     report, checks = Preparation(), list[_Check]()
@@ -249,7 +252,7 @@ def _read_graph(traces: _Traces, graph: fx.Graph, tracer: _Tracer, piece: str, n
 
 def _fold(model: nn.Module, taps: list[str], report: Preparation, whole: bool) -> list[_Check]:
     layers = dict(model.named_modules())
-    norms = {name: layer for name, layer in layers.items() if type(layer) in _batch_norms()}
+    norms = {name: layer for name, layer in layers.items() if isinstance(layer, _batch_norms())}
     tapped = [layers[name] for name in taps]
     traces = _trace(model, whole) if norms else _Traces()
     checks: dict[str, _Check] = {}
@@ -279,6 +282,8 @@ def _feeder(
 ) -> tuple[str | None, str]:
     """The convolution that a batch norm can be folded into, or None and why there is none."""
     norm: Any = layers[name]
+    if type(norm) not in _batch_norms():
+        return None, f"is a {type(norm).__name__}, which may do more than normalise"
     if norm.running_mean is None or norm.running_var is None:
         return None, "normalises by the batch's own statistics"
     calls = traces.calls.get(name)

@@ -200,7 +200,7 @@ class Recorder:
         """A layer's output, with copies in place of tensors that have changed since."""
         found = []
         for i, (x, version, copy) in enumerate(kept):
-            # What changes memory and not the version (x.data, other libraries) shows by the values, while they are there.
+            # What changes memory and no version (x.data, other libraries) shows by the values, while they are copied.
             if version is not None and (x._version != version or (copy is not None and not torch.equal(x, copy))):
                 self._copied.add((name, i))
                 if copy is None:
