@@ -324,6 +324,12 @@ def test_bad_taps():
         Distiller(Net(4), Net(8), [Tap("neck", "neck", mse)] * 2)
     with pytest.raises(TypeError, match="loss: expected a module or function, got str"):
         Tap("neck", "neck", "mse")
+    with pytest.raises(TypeError, match="weight: expected a finite number, got '2'"):
+        Tap("neck", "neck", mse, weight="2")
+    with pytest.raises(ValueError, match="weight: expected a finite number, got nan"):
+        Tap("neck", "neck", mse, weight=float("nan"))
+    with pytest.raises(TypeError, match="teacher_inputs: expected a function of a call's arguments, got str"):
+        Distiller(Net(4), Net(8), Tap("neck", "neck", mse), teacher_inputs="img")
 
 
 def test_autocast():

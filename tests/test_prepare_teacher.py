@@ -343,8 +343,9 @@ def test_bad_input():
         prepare_teacher("resnet18")
     with pytest.raises(ValueError, match=r"dtype: expected None or one of .*float64"):
         prepare_teacher(teacher, dtype=torch.float64)
-    with pytest.raises(ValueError, match="taps: no layer 'neck'"):
-        prepare_teacher(teacher, taps=["neck"])
+    for taps in ("neck", ["neck"], Tap("0", "neck", MasKDLoss(4))):
+        with pytest.raises(ValueError, match="taps: no layer 'neck'"):
+            prepare_teacher(teacher, taps=taps)
     teacher[0].weight.data.fill_(1e5)
     with pytest.raises(ValueError, match=r"float16 cannot hold 0\.weight, whose largest value is 1e\+05"):
         prepare_teacher(teacher, dtype=torch.float16)

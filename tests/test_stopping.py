@@ -395,6 +395,7 @@ def test_autocast_inference_and_gradient_mode_are_left_as_found(outside):
         assert state() == before
     assert "head" not in names
     assert teacher.left
+    assert not d._teacher_recorder._whole
     losses["neck"].backward()
     torch.autocast_increment_nesting()
     assert torch.autocast_decrement_nesting() == 0
@@ -422,6 +423,32 @@ def test_exceptions_of_the_model_pass(error):
         assert not any(m._forward_hooks for m in teacher.modules())
         teacher.fails = None
         torch.testing.assert_close(d(IMAGE)[1]["neck"], expected)
+
+
+def test_exceptions_that_the_model_catches():
+    """Layers within that have no end do not hide the ends of those around them."""
+
+    class Tries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wrong, self.right, self.after = nn.Conv2d(5, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            try:
+                return self.after(self.wrong(x))
+            except RuntimeError:
+                return self.after(self.right(x))
+
+    assert_ends(nn.Sequential(Tries(), nn.Conv2d(4, 4, 1)), ["0", "0.right"], IMAGE, without=["1"])
+
+
+def test_layer_that_was_taken_out():
+    teacher = Net(8)
+    d = Distiller(Net(8), teacher, Tap("neck", "neck", mse), example_inputs=IMAGE)
+    del teacher.head
+    teacher.head = lambda x: x
+    for _ in range(2):
+        torch.testing.assert_close(d(IMAGE)[1]["neck"], neck_loss(d))
 
 
 class NeedsItsEnd(Net):
@@ -471,6 +498,17 @@ def test_end_of_another_forward_passes():
     teacher = Inner()
     assert_ends(nn.Sequential(teacher, nn.Conv2d(4, 4, 1)), ["0.neck"], IMAGE, without=["1"])
     assert teacher.loss > 0
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Distiller(Net(8), Net(8), Tap("neck", "neck", mse), example_inputs=IMAGE)
+            self.after = nn.Identity()
+
+        def forward(self, x):
+            return self.after(self.inner(x)[0]["logits"])
+
+    assert_ends(Outer(), ["inner.student.neck"], IMAGE, without=["inner.student.head", "after"])
 
 
 def test_compiled_teacher_runs_whole_and_says_so_once():

@@ -167,6 +167,8 @@ def test_bad_input():
         TokenTrainer(Net(8, "tensor"), "neck", 4, weight_mask=False)(IMAGE)
     with pytest.raises(RuntimeError, match="layer: 'never' did not run"):
         TokenTrainer(Net(8), "never", 8)(IMAGE)
+    with pytest.raises(TypeError, match=r"channels: expected a positive whole number, got 8\.0"):
+        TokenTrainer(Net(8), "neck", 8.0)
     with pytest.raises(ValueError, match="channels: expected at least one level"):
         TokenTrainer(Net(8), "neck", [])
 

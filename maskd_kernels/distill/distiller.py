@@ -100,6 +100,8 @@ class Distiller(FrozenTeacher):
         teacher_output: bool = False,
     ) -> None:
         check_module(student, "student")
+        if teacher_inputs is not None and not callable(teacher_inputs):
+            raise TypeError(f"teacher_inputs: expected a function of a call's arguments, got {kind(teacher_inputs)}")
         super().__init__(teacher)
         self.student = student
         self.taps = _checked_taps(taps)
@@ -207,7 +209,7 @@ class Distiller(FrozenTeacher):
         self.raw_losses = raw
         return output, losses
 
-    @torch._disable_dynamo  # type: ignore[misc]
+    @torch._disable_dynamo
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], learn: bool = False) -> tuple[Any, _Call]:
         if self._removed:
             raise RuntimeError("the distiller's hooks have been removed; make a new Distiller")

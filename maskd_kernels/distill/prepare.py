@@ -54,7 +54,7 @@ def prepare_teacher(
     channels_last: bool = True,
     fold_batch_norm: bool = True,
     compile: bool = False,
-    taps: Sequence[Tap | str] = (),
+    taps: Tap | str | Sequence[Tap | str] = (),
     example_inputs: Any = None,
 ) -> Any:
     """A copy of the teacher that computes the same features for less; the teacher itself stays as it is.
@@ -77,8 +77,8 @@ def prepare_teacher(
         fold_batch_norm: whether batch norms are folded.
         compile: whether the copy comes back under ``torch.compile``. Without ``example_inputs`` batch norms are then
             folded only if the model can be traced as a whole.
-        taps: the layers whose features are read, by name or as the ``Tap``s of ``Distiller``. Their outputs
-            stay what they are: a convolution that is tapped is not folded into.
+        taps: the layers whose features are read, one or several, by name or as the ``Tap``s of ``Distiller``. Their
+            outputs stay what they are: a convolution that is tapped is not folded into.
         example_inputs: for one forward, as ``Distiller`` takes them; with them the fold is checked at once, and the
             error of each tap measured.
 
@@ -105,6 +105,7 @@ def prepare_teacher(
     check_module(teacher, "teacher")
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype: expected None or one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+    taps = [taps] if isinstance(taps, (Tap, str)) else taps
     tapped = [tap.side(tap.teacher).resolved(teacher, "taps").names if isinstance(tap, Tap) else [tap] for tap in taps]
     names = list(dict.fromkeys(layer_name(teacher, name, "taps") for found in tapped for name in found))
     inner = unwrap(teacher)

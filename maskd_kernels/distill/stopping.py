@@ -38,8 +38,11 @@ class Plan:
     def spares_hooks(self, model: nn.Module) -> bool:
         """Whether no hook of others, before or after a forward, is in what is cut."""
         inner = unwrap(model)
-        layers = [inner.get_submodule(name) for name in self.cut]
-        unseen = [inner.get_submodule(name) for name in self.never]
+        try:
+            layers = [inner.get_submodule(name) for name in self.cut]
+            unseen = [inner.get_submodule(name) for name in self.never]
+        except AttributeError:  # a layer has been taken out since
+            return False
         wrappers = []
         while model is not inner:
             wrappers.append(model)
