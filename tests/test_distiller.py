@@ -649,6 +649,15 @@ def test_token_sequences_are_never_interpolated_as_they_are():
     assert losses["block"].isfinite()
 
 
+def test_signals_are_interpolated():
+    """Three axes too, but their last is space."""
+    student, teacher = nn.Conv1d(3, 4, 4, stride=4), nn.Conv1d(3, 4, 2, stride=2)
+    signal, seen = torch.randn(2, 3, 32), []
+    tap = Tap("", "", lambda s, t: seen.append(s) or mse(s, t), resize=True, name="kd")
+    Distiller(student, teacher, tap, example_inputs=signal)(signal)
+    torch.testing.assert_close(seen[-1], F.interpolate(student(signal), size=16, mode="linear"))
+
+
 @pytest.mark.parametrize(("loss", "hint"), [(MasKDLoss(6), "weight_mask=False"), (MGDLoss(6, 6), "grid")])
 def test_losses_say_what_sequences_take(loss, hint):
     with pytest.raises(ValueError, match=rf"block: the loss cannot take \[2, 6, 17\] and \[2, 6, 17\]: .*{hint}"):

@@ -227,6 +227,21 @@ def test_a_branch_that_tracing_takes_otherwise_raises():
         prepare_teacher(trained(model))(torch.randn(2, 3, 9, 7))
 
 
+def test_a_batch_norm_that_reads_something_else_raises():
+    model = Wired(lambda m, x: m.bn(m.conv(x).relu() if isinstance(x, torch.Tensor) else m.conv(x)))
+    with pytest.raises(RuntimeError, match="runs otherwise"):
+        prepare_teacher(trained(model))(torch.randn(2, 3, 9, 7))
+
+
+def test_a_convolution_run_without_its_piece_raises():
+    model = Wired(lambda m, x: m.block[0](branching(x)))
+    model.block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    prepared = prepare_teacher(trained(model))
+    assert prepared.preparation.folded == {"block.1": "block.0"}
+    with pytest.raises(RuntimeError, match="runs otherwise"):
+        prepared(torch.randn(2, 3, 9, 7))
+
+
 def test_taps_on_folded_convolutions_are_refused_or_kept():
     teacher = trained(nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)))
     student, x = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(2, 3, 9, 7)

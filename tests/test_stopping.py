@@ -340,6 +340,10 @@ def test_wrappers(wrap, tmp_path):
     d.teacher.register_forward_hook(lambda *args: outputs.append(args[-1]))
     d(IMAGE)
     assert len(outputs) == 1
+    wrapper = wrap(Net(8))
+    wrapper.device_ids = [0, 1]
+    with pytest.raises(ValueError, match="teacher: DataParallel splits features over devices"):
+        Distiller(Net(8), wrapper, Tap("neck", "neck", mse))
 
 
 def end_in_ddp(rank):
