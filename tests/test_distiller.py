@@ -687,6 +687,8 @@ def test_layers_as_one_pyramid():
         d(IMAGE)
     s, t = values(Distiller(student, teacher, Tap(student.stem, teacher.stem, mse)).eval())
     assert torch.equal(s, student.stem(IMAGE))
+    d = Distiller(student, teacher, Tap(torch.compile(student.neck), teacher.neck, mse))
+    assert d._pairs[0].label == "neck"
     with pytest.raises(ValueError, match="student: the Conv2d given as a layer is not in Net"):
         Distiller(student, teacher, Tap(nn.Conv2d(3, 3, 1), "stem", mse))
 

@@ -208,15 +208,18 @@ def test_flags_decide_how_often_layers_run():
     recorder = Recorder(teacher, "teacher", ["block"])
     for _ in range(2):
         for args, kwargs, runs in (
-            ((), {}, 1),
+            ((1,), {}, 1),
             ((2,), {}, 2),
+            ((), {"count": 1}, 1),
             ((), {"count": 3}, 3),
+            ((), {"mode": "once"}, 1),
             ((), {"mode": "again"}, 2),
             ((), {"options": {"again": False}}, 1),
             ((), {"options": {"again": True}}, 2),
         ):
             _, got = recorder.run(teacher, (IMAGE, *args), kwargs, output=False)
             assert len(got["block"]) == runs
+    assert not recorder._whole
 
 
 def test_annotations_are_no_form():

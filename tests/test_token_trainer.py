@@ -165,6 +165,8 @@ def test_bad_input():
         TokenTrainer(Net(8), "neck", 8)(IMAGE)
     with pytest.raises(ValueError, match=r"tokens: expected \[K, 8\] for a teacher of \[2, 8, 16, 16\], got \[6, 4\]"):
         TokenTrainer(Net(8, "tensor"), "neck", 4, weight_mask=False)(IMAGE)
+    with pytest.raises(ValueError, match="select: expected tensors of the output, as they are"):
+        TokenTrainer(Net(8, "tensor"), "neck", 8, select=torch.relu)(IMAGE)
     with pytest.raises(RuntimeError, match="layer: 'never' did not run"):
         TokenTrainer(Net(8), "never", 8)(IMAGE)
     with pytest.raises(TypeError, match=r"channels: expected a positive whole number, got 8\.0"):
