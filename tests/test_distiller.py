@@ -94,6 +94,12 @@ def test_structures_may_differ():
     assert losses["neck"].requires_grad
 
 
+def test_keys_that_were_chosen_may_differ():
+    sides = Layer("neck", levels=["p2", "p3"]), Layer("neck", levels=["p3", "p4"])
+    s, t = values(Distiller(Net(8, "dict"), Net(8, "other keys"), Tap(*sides, mse)))
+    assert [x.shape for x in s] == [x.shape for x in t]
+
+
 def test_student_output_is_untouched():
     student = Net(4)
     alone = copy.deepcopy(student)
@@ -617,6 +623,18 @@ def test_grid_of_tokens(grid):
     expected = teacher.block(teacher.embed(images).movedim(1, -1)).movedim(-1, 1)
     torch.testing.assert_close(t, expected)
     torch.testing.assert_close(s, d.aligns[0][0](student.block(student.embed(images).movedim(1, -1)).movedim(-1, 1)))
+
+
+def test_a_grid_for_each_level():
+    tokens = [torch.randn(2, 32, 3), torch.randn(2, 8, 3)]
+    layer = Layer("x", channel_dim=-1, grid=[(4, 8), (2, 4)])
+    levels = layer.features({"x": [tokens]}, None, "teacher").levels
+    for level, x, grid in zip(levels, tokens, [(4, 8), (2, 4)], strict=True):
+        assert torch.equal(level, x.mT.unflatten(-1, grid))
+    with pytest.raises(ValueError, match="teacher 'x': expected one grid per level, 1, got 2"):
+        layer.features({"x": [tokens[:1]]}, None, "teacher")
+    with pytest.raises(ValueError, match=r"prefix_tokens=32 needs token sequences of more tokens, got \[2, 3, 32\]"):
+        Layer("x", channel_dim=-1, prefix_tokens=32).features({"x": [tokens[0]]}, None, "teacher")
 
 
 def test_grid_needs_a_clear_answer():

@@ -108,6 +108,15 @@ def test_token_sequences():
         torch.testing.assert_close(dice, expected_dice)
 
 
+def test_token_sequences_of_channels_first():
+    teacher, x = nn.Sequential(nn.Conv1d(8, 8, 1), nn.Conv1d(8, 5, 1)), torch.randn(2, 8, 1 + 12)
+    trainer = TokenTrainer(teacher, "0", 8, prefix_tokens=1, grid=(3, 4))
+    output, _ = trainer(x)
+    tokens = teacher[0](x)
+    masked, _ = trainer.mask_modules[0](tokens[:, :, 1:].unflatten(-1, (3, 4)))
+    torch.testing.assert_close(output, teacher[1](torch.cat([tokens[:, :, :1], masked.flatten(2)], 2)))
+
+
 def test_teacher_mode():
     teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5))
     trainer = TokenTrainer(teacher, "0", 8)
