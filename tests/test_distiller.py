@@ -309,6 +309,10 @@ def test_models_work_beside_the_distiller():
 def test_bad_layers():
     with pytest.raises(ValueError, match=r"student: no layer 'nek' in Net; near it: neck"):
         Distiller(Net(4), Net(8), [Tap("nek", "neck", mse)])
+    net = Net(4)
+    net.fc = nn.Identity()
+    with pytest.raises(ValueError, match=r"student: no layer 'module.fc' in Net; near it: fc"):
+        Distiller(net, Net(8), [Tap("module.fc", "neck", mse)])
     with pytest.raises(ValueError, match=r"teacher: no layer 'zzz' in Net; near it: stem, neck, head"):
         Distiller(Net(4), Net(8), [Tap("neck", "zzz", mse)])
     with pytest.raises(RuntimeError, match=r"student: the layer 'never' did not run in this forward"):
@@ -360,6 +364,20 @@ def test_compiled_models(which):
         _, losses = d(IMAGE)
         losses["neck"].backward()
     torch.testing.assert_close(losses["neck"], expected["neck"])
+
+
+@pytest.mark.parametrize("layer", ["neck", "neck.conv"])
+@pytest.mark.parametrize("example_inputs", [None, IMAGE])
+def test_layers_in_parts_compiled_in_place(layer, example_inputs):
+    torch._dynamo.reset()
+    student, teacher = Net(8, "tensor").eval(), Net(8, "tensor").eval()
+    d = Distiller(student, teacher, Tap(layer, layer, mse), example_inputs=example_inputs)
+    student.neck.compile(backend="eager")
+    teacher.neck.compile(backend="eager")
+    for _ in range(3):
+        _, losses = d(IMAGE)
+        a, b = (m.neck.conv(m.stem(IMAGE)) for m in (student, teacher))
+        torch.testing.assert_close(losses[layer], mse(a, b))
 
 
 def test_compiled_distiller():
@@ -625,6 +643,16 @@ def test_grid_of_tokens(grid):
     torch.testing.assert_close(s, d.aligns[0][0](student.block(student.embed(images).movedim(1, -1)).movedim(-1, 1)))
 
 
+def test_grid_of_the_teachers_own_images():
+    images, seen = torch.randn(2, 3, 16, 32), []
+    tap = Tap("block", "block", lambda s, t: seen.append(t) or mse(s, t), channel_dim=-1, prefix_tokens=1, grid="input")
+    tap.resize = True
+    teacher = Sequence(6)
+    d = Distiller(Sequence(6), teacher, tap, example_inputs=images, teacher_inputs=lambda x: x.mT)
+    d(images)
+    torch.testing.assert_close(seen[-1], teacher.block(teacher.embed(images.mT).movedim(1, -1)).movedim(-1, 1))
+
+
 def test_a_grid_for_each_level():
     tokens = [torch.randn(2, 32, 3), torch.randn(2, 8, 3)]
     layer = Layer("x", channel_dim=-1, grid=[(4, 8), (2, 4)])
@@ -798,6 +826,14 @@ def test_floating_inputs_take_the_teachers_dtype(dtype):
     assert losses["neck"].dtype == torch.float32
     assert losses["neck"] > 0
 
+    class Indexed(Net):
+        def forward(self, x, index):
+            return super().forward(x[index["of images"]])
+
+    student, teacher = Indexed(8), Indexed(8).to(dtype)
+    d = Distiller(student, teacher, Tap("neck", "neck", MasKDLoss([8, 8])))
+    d(IMAGE, {"of images": torch.tensor([1, 0])})  # integers stay integers
+
 
 def test_example_inputs():
     class TwoInputs(Net):
@@ -808,6 +844,13 @@ def test_example_inputs():
     for inputs in (IMAGE, (IMAGE,), {"x": IMAGE}):
         d = Distiller(Net(4), Net(8), Tap("neck", "neck", mse), example_inputs=inputs)
         assert len(d.aligns[0]) == 2
+
+    class Listed(Net):
+        def forward(self, images):
+            return super().forward(torch.stack(images))
+
+    d = Distiller(Listed(4), Listed(8), Tap("neck", "neck", mse), example_inputs=list(IMAGE))  # torchvision's
+    assert len(d.aligns[0]) == 2
     inputs = {"x": IMAGE, "scale": torch.ones(())}
     assert len(Distiller(TwoInputs(4), TwoInputs(8), Tap("neck", "neck", mse), example_inputs=inputs).aligns[0]) == 2
 
@@ -835,6 +878,17 @@ def test_building_tries_the_gradient():
     distiller(Net(8), Net(8), loss=lambda s, t: mse(s, t).detach())
     with pytest.raises(TypeError, match=r"neck: the loss cannot take .*: expected a tensor of it, got dict"):
         distiller(Net(8), Net(8), loss=lambda s, t: {"loss": mse(s, t)})
+
+
+def test_errors_that_are_not_about_the_features_pass():
+    error = torch.OutOfMemoryError("of memory")
+
+    def loss(s, t):
+        raise error
+
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        distiller(Net(8), Net(8), loss=loss)
+    assert caught.value is error
 
 
 def test_things_that_are_no_taps():

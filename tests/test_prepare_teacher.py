@@ -182,6 +182,7 @@ def test_what_cannot_be_folded_is_left_and_named(name):
     assert why in prepared.preparation.left["bn"]
     assert "bn left: " in str(prepared.preparation)
     assert type(prepared.bn) is type(teacher.bn)
+    assert "stored" not in vars(prepared)  # nor anything else that tracing leaves behind
     assert torch.equal(prepared(x), teacher(x))
 
 
@@ -233,6 +234,30 @@ def test_a_batch_norm_that_reads_something_else_raises():
         prepare_teacher(trained(model))(torch.randn(2, 3, 9, 7))
 
 
+def test_a_forward_that_fails_checks_nothing():
+    def call(model, x):
+        if model.fails:
+            raise ValueError("mine")
+        return model.bn(model.conv(x).relu() if isinstance(x, torch.Tensor) else model.conv(x))
+
+    model = Wired(call)
+    model.fails = False
+    prepared, x = prepare_teacher(trained(model)), torch.randn(2, 3, 9, 7)
+    prepared.fails = True
+    with pytest.raises(ValueError, match="mine"):
+        prepared(x)
+    prepared.fails = False
+    with pytest.raises(RuntimeError, match="runs otherwise"):
+        prepared(x)
+
+
+def test_float32_casts_a_half_teacher_up():
+    teacher, x = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))), torch.randn(2, 3, 9, 7)
+    prepared = prepare_teacher(copy.deepcopy(teacher).bfloat16(), dtype=torch.float32)
+    assert {p.dtype for p in prepared.parameters()} == {torch.float32}
+    assert off(prepared(x), teacher(x)) < 1e-2
+
+
 def test_a_convolution_run_without_its_piece_raises():
     model = Wired(lambda m, x: m.block[0](branching(x)))
     model.block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
@@ -277,10 +302,13 @@ def test_a_prepared_teacher_distils_copies_pickles_and_refuses_training(dtype):
         assert torch.equal(again(x), expected)
         assert type(again).__name__ == "ResNet"
     taps = [Tap("layer2", "layer2", MasKDLoss(128))]
+    dtypes = []
+    prepared.register_forward_pre_hook(lambda _module, inputs: dtypes.append(inputs[0].dtype))
     with Distiller(resnet18(), prepared, taps, example_inputs=(x,)) as distiller:
         _, losses = distiller.train()(x)
         losses["layer2"].backward()
         assert not prepared.training
+    assert set(dtypes) == {torch.float32}
     assert torch.equal(prepared(x), expected)
     assert not torch.is_autocast_enabled("cpu")
     with pytest.raises(RuntimeError, match="expected eval mode, got training mode"):
@@ -291,6 +319,7 @@ def test_compiled():
     teacher, x = trained(resnet18(num_classes=5)), torch.rand(2, 3, 32, 32)
     compiled = prepare_teacher(teacher, compile=True)
     assert len(compiled.preparation.folded) == 20
+    assert not any(layer._forward_hooks for layer in compiled.modules())  # they would be compiled too
     with torch.no_grad():
         assert off(compiled(x), teacher(x)) < 1e-5
     branched = Wired(lambda m, x: m.block(branching(x)))

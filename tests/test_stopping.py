@@ -139,6 +139,17 @@ def test_number_of_runs_that_changes(levels):
             assert_equal(got["neck.conv"], teacher.neck(teacher.stem(IMAGE), count))
 
 
+def test_building_again_learns_again():
+    teacher = Levels(2).eval()
+    recorder = Recorder(teacher, "teacher", ["neck.conv"])
+    recorder.run(teacher, (IMAGE,), {}, output=False)
+    teacher.levels = 3
+    assert recorder.run(teacher, (IMAGE,), {}, learn=True, output=False)[0] is not None
+    output, got = recorder.run(teacher, (IMAGE,), {}, output=False)
+    assert output is None
+    assert len(got["neck.conv"]) == 3
+
+
 def test_what_is_around_all_runs_may_itself_run_again():
     """All runs were in the first of two runs of a module: then what has it in turn is awaited."""
 
@@ -289,6 +300,9 @@ def test_teacher_output():
     d = Distiller(Net(8), teacher, Tap("neck", "neck", mse), example_inputs=IMAGE)
     d(IMAGE)
     assert d.teacher_output is None
+    d = Distiller(Net(8), teacher, Tap("neck", "neck", mse))
+    d(IMAGE)  # whole, to learn
+    assert d.teacher_output is None
 
 
 def test_hooks_of_others_run():
@@ -428,6 +442,7 @@ def test_exceptions_of_the_model_pass(error):
             d(IMAGE)
         assert caught.value is error
         assert not any(m._forward_hooks for m in teacher.modules())
+        assert d._teacher_recorder._records is None
         teacher.fails = None
         torch.testing.assert_close(d(IMAGE)[1]["neck"], expected)
 

@@ -117,6 +117,14 @@ def test_token_sequences_of_channels_first():
     torch.testing.assert_close(output, teacher[1](torch.cat([tokens[:, :, :1], masked.flatten(2)], 2)))
 
 
+def test_teacher_in_half_precision():
+    trainer = TokenTrainer(Net(8, "tensor").bfloat16(), "neck", 8)
+    output, dice = trainer(IMAGE)  # float32, cast to what the teacher takes
+    (output["logits"].float().square().mean() + dice).backward()
+    assert output["logits"].dtype == torch.bfloat16
+    assert trainer.mask_modules[0].mask_token.grad.isfinite().all()
+
+
 def test_teacher_mode():
     teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5))
     trainer = TokenTrainer(teacher, "0", 8)
