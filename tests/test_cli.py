@@ -1,10 +1,12 @@
 """The command line, as somebody types it."""
 
+import importlib.util
 import json
 import subprocess
 import sys
 
 import pytest
+import torch
 
 
 def run(*arguments, **environment):
@@ -19,6 +21,10 @@ def test_info():
     assert result.returncode == 0, result.stderr
     for word in ("maskd-kernels", "torch", "reference  available", "native", "triton"):
         assert word in result.stdout
+    if not torch.cuda.is_available():
+        assert "GPU none: no CUDA device that torch can use (torch is built " in result.stdout
+        if importlib.util.find_spec("triton"):
+            assert "triton     missing: there is no CUDA device" in result.stdout
 
 
 def test_info_says_which_instruction_set():
