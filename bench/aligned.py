@@ -1,6 +1,6 @@
 """``python -m bench.aligned``: the most that an align inside the loss's kernel could win on a CPU (docs/aligned.md).
 
-PyTorch's 1x1 convolution, forward and backward, with the loss, over the three products alone that no kernel can do without.
+PyTorch's 1x1 convolution, forward and backward, with the loss, over the three products that no kernel can do without.
 """
 
 from __future__ import annotations

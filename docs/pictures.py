@@ -1,4 +1,4 @@
-"""``python docs/pictures.py``: draws docs/how-it-works/traffic.png, from a count of what each operation reads and writes."""
+"""``python docs/pictures.py``: draws docs/how-it-works/traffic.png, counting what each operation reads and writes."""
 
 from __future__ import annotations
 
