@@ -1,4 +1,4 @@
-"""MkDocs hooks: formulas as MathML, and pages for the repository's files that the documentation links to.
+"""MkDocs hooks: formulas as MathML, pages for the repository's files that are linked to, and docstrings' examples.
 
 Links are written for a reader of the repository, relative to the file they stand in. One that leaves ``docs/`` gets a
 page of its own in the site, with the file's text, so that the site needs nothing but itself.
@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import griffe
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
@@ -88,3 +89,12 @@ def on_page_content(content: str, *, page: Any, config: Any, files: Files) -> st
         return convert(html.unescape(match[2]).strip(), display=display)
 
     return FORMULA.sub(drawn, content)
+
+
+class Examples(griffe.Extension):
+    """Google's style calls the section ``Example:``, griffe ``Examples:``; anything else is text to it."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Renames the section before the docstring is parsed."""
+        if obj.docstring:
+            obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.M)
