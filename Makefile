@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo study test test-models fuzz sanitize bench gpu lint format clean help
+.PHONY: demo study test test-models fuzz sanitize bench gpu docs lint format clean help
 
 help:
 	@echo "make demo   distil a segmenter by every method, start to end (about 10 minutes on two cores)"
@@ -15,6 +15,7 @@ help:
 	@echo "make sanitize  fuzzer and kernel tests with AddressSanitizer and UndefinedBehaviorSanitizer in the C++ kernels"
 	@echo "make bench  microbenchmarks on the CPU against the published formula, torch.compile and a streaming pass"
 	@echo "make gpu    tests and benches on an NVIDIA GPU, with the torch that PYTHON has; installs nothing"
+	@echo "make docs   the documentation as a site, in build/site"
 	@echo "make lint   ruff, mypy, clang-format"
 
 $(INSTALLED): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/* python/*)
@@ -88,6 +89,10 @@ gpu:
 	done
 	timeout 230 $(PYTHON) -m bench --device cuda --suite maskd-gpu,operators-gpu,generative-gpu --seconds 3 --json bench/results
 	timeout 90 $(PYTHON) -m bench.end_to_end --device cuda --seconds 6 --json bench/results
+
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[lint]"

@@ -27,7 +27,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Preparation:
-    """What :func:`prepare_teacher` did; ``prepared.preparation``.
+    """What ``prepare_teacher`` did; ``prepared.preparation``.
 
     Attributes:
         folded: the convolution that each folded batch norm went into.

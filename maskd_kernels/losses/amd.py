@@ -16,7 +16,7 @@ from maskd_kernels.validation import Levels, as_features, check_number
 class AMDLoss(GenerativeLoss):
     """Adaptive masked distillation: what the teacher attends to is masked, and its channels are reweighted.
 
-    Per level, with ``P`` pixels, ``G`` a 3x3 convolution, ReLU, 3x3 convolution::
+    Per level, with ``P`` pixels, ``G`` a 3x3 convolution, ReLU, 3x3 convolution:
 
         A[n,p]  = P softmax_p(mean_c |T| / temperature)                 attention, mean 1
         keep    = A < threshold                                         (mask_salient=False: A >= threshold)
