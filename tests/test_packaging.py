@@ -108,12 +108,12 @@ def test_public_names_are_documented():
 def test_docstring_examples():
     import doctest
 
-    from maskd_kernels import backends, functional
+    from maskd_kernels import backends, functional, streaming
     from maskd_kernels.distill import distiller, tokens
     from maskd_kernels.losses import amd, maskd, mgd
 
     attempted = 0
-    for module in (backends, functional, distiller, tokens, maskd, mgd, amd):
+    for module in (backends, functional, streaming, distiller, tokens, maskd, mgd, amd):
         result = doctest.testmod(module)
         assert result.failed == 0, module.__name__
         attempted += result.attempted
