@@ -46,12 +46,13 @@ LOSS = """
 import sys
 sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]  # a development install
 import torch, maskd_kernels
-from maskd_kernels import cli, native
+from maskd_kernels import native
+from maskd_kernels.commands import info
 assert maskd_kernels.__file__.startswith({target!r}), maskd_kernels.__file__
 student = torch.randn(2, 8, 5, 7, requires_grad=True)
 maskd_kernels.MasKDLoss(8)(student, torch.randn(2, 8, 5, 7)).backward()
 print(native.available())
-print(cli.info())
+print(info.text(info.collect()))
 """
 
 
