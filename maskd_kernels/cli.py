@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
         added = commands.add_parser(
             name,
             help=summary,
-            description=f"{summary[0].upper()}{summary[1:]}. {more}".strip(),
+            description=textwrap.fill(f"{summary[0].upper()}{summary[1:]}. {more}", 100),
             epilog=f"examples:\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

@@ -86,7 +86,10 @@ def load_model(spec: str) -> nn.Module:
         raise ValueError(f"--teacher: {spec}: {error}") from None
     finally:
         sys.path.remove("")
-    model = found if isinstance(found, nn.Module) else found()
+    try:
+        model = found if isinstance(found, nn.Module) else found()
+    except Exception as error:
+        raise RuntimeError(f"--teacher: {spec} raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"--teacher: {spec}: expected a function that returns a model, got {kind(model)}")
     return model.eval()
@@ -95,8 +98,11 @@ def load_model(spec: str) -> nn.Module:
 def teacher_features(model: nn.Module, layer: str, image: Tensor) -> list[Tensor]:
     """The levels that a layer puts out for one image, which goes in as ``[1, 3, H, W]`` from 0 to 1."""
     where = Layer(layer).resolved(model, "--layer")
-    with torch.no_grad():
-        _, recorded = Recorder(model, "teacher", where.names).run(model, (image[None] / 255,), {}, output=False)
+    try:
+        with torch.no_grad():
+            _, recorded = Recorder(model, "teacher", where.names).run(model, (image[None] / 255,), {})
+    except Exception as error:
+        raise RuntimeError(f"--teacher: the model raised {type(error).__name__}: {error}") from error
     return where.features(recorded, None, "--layer").levels
 
 
