@@ -141,7 +141,7 @@ def text(settings: Settings, measured: dict[str, Any]) -> str:
     ]
     for name, result in results.items():
         spread = f"{result['median_ms']:11.3f}{result['p20_ms']:10.3f}{result['p80_ms']:10.3f}{result['calls']:7d}"
-        lines.append(
-            "The same maps in every call: what caches can hold, they hold. `make bench` in a checkout says more."
-        )
+        lines.append(f"{name:20s}{spread}{result['median_ms'] / fastest:15.1f}x")
+    lines += [f"{name:20s} not timed: {why}" for name, why in measured["dropped"].items()]
+    lines.append("The same maps in every call: what caches hold, they hold. `make bench` in a checkout says more.")
     return "\n".join(lines)
