@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,10 +66,13 @@ def convert(
 
 def write(checkpoint: object, out: Path) -> None:
     """By way of a file beside it: what is there stays whole where writing fails."""
-    part = out.with_name(out.name + ".part")
+    part = Path(f"{out}.part")
     try:
         with part.open("wb") as file:
             torch.save(checkpoint, file)
         part.replace(out)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(out)) from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import pickle
 import sys
 from collections.abc import Mapping
@@ -55,16 +56,16 @@ def read_image(path: Path) -> Tensor:
         ImportError: Pillow is not installed.
     """
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
     except ImportError as error:
         raise ImportError('reading images needs Pillow: pip install "maskd-kernels[plot]"') from error
+    content = path.read_bytes()
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(content)) as image:
             data, (width, height) = bytearray(image.convert("RGB").tobytes()), image.size
-    except UnidentifiedImageError:
-        raise ValueError(
-            f"{path}: expected an image, or features in a file that ends in {', '.join(FEATURE_FILES)}"
-        ) from None
+    except Exception as error:  # decoders raise whatever they like
+        endings = ", ".join(FEATURE_FILES)
+        raise ValueError(f"{path}: expected an image, or features in a file that ends in {endings} ({error})") from None
     return torch.frombuffer(data, dtype=torch.uint8).reshape(height, width, 3).movedim(-1, 0)
 
 

@@ -27,11 +27,12 @@ _LEVEL = re.compile(r"(?:^|\.)mask_modules\.(\d+)\.$")
 Source = str | os.PathLike[str] | Mapping[str, Any]
 
 
-def read_state(source: Source) -> dict[str, Tensor]:
+def read_state(source: Source, argument: str = "pretrained") -> dict[str, Tensor]:
     """The parameters in a checkpoint: plain, or nested under ``state_dict``. Nothing in it is executed.
 
     Args:
         source: a file's path, or a checkpoint already loaded.
+        argument: what messages call it.
 
     Raises:
         FileNotFoundError: no such file.
@@ -45,18 +46,18 @@ def read_state(source: Source) -> dict[str, Tensor]:
         try:
             checkpoint = torch.load(name, map_location="cpu", weights_only=True)
         except FileNotFoundError:
-            raise FileNotFoundError(f"pretrained: no such file: {name}") from None
+            raise FileNotFoundError(f"{argument}: no such file: {name}") from None
         except IsADirectoryError:
-            raise IsADirectoryError(f"pretrained: expected a checkpoint file, got a folder: {name}") from None
+            raise IsADirectoryError(f"{argument}: expected a checkpoint file, got a folder: {name}") from None
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
             raise ValueError(
-                f"pretrained: {name} cannot be read as a checkpoint of tensors alone (weights_only=True): {error}"
+                f"{argument}: {name} cannot be read as a checkpoint of tensors alone (weights_only=True): {error}"
             ) from error
     if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get("state_dict"), Mapping):
         checkpoint = checkpoint["state_dict"]
     if not isinstance(checkpoint, Mapping):
         raise ValueError(
-            f"pretrained: expected a mapping of names to tensors in {name}, got {type(checkpoint).__name__}"
+            f"{argument}: expected a mapping of names to tensors in {name}, got {type(checkpoint).__name__}"
         )
     return {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
 
@@ -122,7 +123,7 @@ def read_tokens(source: Source) -> list[dict[str, Tensor]]:
         ValueError: a file that holds no tokens, several of one level, or parameters that do not fit each other.
     """
     where = "the given mapping" if isinstance(source, Mapping) else os.fspath(source)
-    state = read_state(source)
+    state = read_state(source, "tokens")
     modules: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         match = _PARAMETER.match(key)
