@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,10 @@ def test_install_builds_the_extension_without_torch(tmp_path):
     needed = subprocess.run(["ldd", extension], capture_output=True, text=True, check=False).stdout
     assert "torch" not in needed
     assert (target / "maskd_kernels" / "py.typed").exists()
+    assert list(target.glob("maskd_kernels-*.dist-info/licenses/LICENSE"))
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    assert names >= {"LICENSE", "CITATION.cff", "CHANGELOG.md", "CMakeLists.txt", "tests/kernels/check.cpp"}
 
 
 @pytest.mark.slow
