@@ -1,5 +1,8 @@
 """``maskd-kernels convert`` and ``masks``, as somebody types them."""
 
+import concurrent.futures
+import io
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -95,6 +98,30 @@ def test_convert_single_levels(capsys, tmp_path, pyramid):
     assert_same_state(
         torch.load(alone, weights_only=True), {"mask_token": loss.state_dict()["mask_modules.1.mask_token"]}
     )
+
+
+def test_convert_leaves_what_is_there_where_writing_fails(capsys, tmp_path, pyramid, monkeypatch):
+    path, loss = pyramid
+    (tmp_path / "link.pth").symlink_to(path)
+
+    def full(checkpoint, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        message = fails(capsys, "convert", path, "--out", tmp_path / "link.pth")
+    assert message == f"{tmp_path / 'link.pth'}: No space left on device"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link.pth", "pyramid.pth"]
+    assert call(capsys, "convert", path, "--to", "loss", "--out", tmp_path / "link.pth")[0] == 0
+    assert (tmp_path / "link.pth").is_symlink()
+    assert_same_state(torch.load(path, weights_only=True), loss.state_dict())
+    os.mkfifo(tmp_path / "pipe")  # as any device: it is written to, and stays
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        content = pool.submit((tmp_path / "pipe").read_bytes)
+        assert call(capsys, "convert", path, "--to", "loss", "--out", tmp_path / "pipe")[0] == 0
+    assert_same_state(torch.load(io.BytesIO(content.result()), weights_only=True), loss.state_dict())
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_tokens_of_a_module_alone(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,14 +64,16 @@ def convert(
 
 
 def write(checkpoint: object, out: Path) -> None:
-    """By way of a file beside it: what is there stays whole where writing fails."""
-    part = Path(f"{out}.part")
+    """By way of a file beside it, so that what is there stays whole where writing fails; a device is written to."""
+    target = out.resolve()
+    part = target if target.exists() and not target.is_file() else Path(f"{target}.part")
     try:
         with part.open("wb") as file:
             torch.save(checkpoint, file)
-        part.replace(out)
+        if part != target:
+            part.replace(target)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(out)) from None
     finally:
-        with contextlib.suppress(OSError):
+        if part != target:
             part.unlink(missing_ok=True)
