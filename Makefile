@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo study test test-models fuzz sanitize bench gpu docs lint format clean help
+.PHONY: demo study test test-models fuzz sanitize aarch64 bench gpu docs lint format clean help
 
 help:
 	@echo "make demo   distil a segmenter by every method, start to end (about 10 minutes on two cores)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-models  real models of transformers, timm, Lightning and Ultralytics, in an environment of their own"
 	@echo "make fuzz   random calls against the reference in float64 (SEED, CASES)"
 	@echo "make sanitize  fuzzer and kernel tests with AddressSanitizer and UndefinedBehaviorSanitizer in the C++ kernels"
+	@echo "make aarch64  the C++ kernels cross-compiled and checked in an emulator (Debian: g++-aarch64-linux-gnu qemu-user)"
 	@echo "make bench  microbenchmarks on the CPU against the published formula, torch.compile and a streaming pass"
 	@echo "make gpu    tests and benches on an NVIDIA GPU, with the torch that PYTHON has; installs nothing"
 	@echo "make docs   the documentation as a site, in build/site"
@@ -70,6 +71,17 @@ sanitize: $(INSTALLED)
 		assert native.module().__file__.startswith("$(abspath $(SANITIZED))/"); sys.exit(pytest.main(sys.argv[1:]))' \
 		-p no:cacheprovider --capture=sys -k "not triton" $(abspath $(SANITIZED_TESTS))
 
+# What tests/kernels/check.cpp compares. CMAKE is any from 3.18 on; natively, and by another compiler:
+#   cmake -S . -B build/check -DMASKD_CHECK=ON -DCMAKE_CXX_COMPILER=clang++
+CMAKE ?= cmake
+AARCH64 := build/aarch64
+
+aarch64:
+	$(CMAKE) -S . -B $(AARCH64) -DMASKD_CHECK=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+	$(CMAKE) --build $(AARCH64) --parallel
+	qemu-aarch64 -L /usr/aarch64-linux-gnu $(AARCH64)/kernel_check
+
 bench: $(INSTALLED)
 	$(BIN)/python -m bench --json bench/results
 	$(BIN)/python -m bench.scaling --json bench/results
@@ -99,12 +111,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h python/*.cpp python/*.h
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h python/*.cpp python/*.h tests/kernels/*
 
 format:
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h python/*.cpp python/*.h
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h python/*.cpp python/*.h tests/kernels/*
 
 clean:
 	rm -rf $(VENV) build dist demo_output *.egg-info maskd_kernels/*.so

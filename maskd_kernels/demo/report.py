@@ -30,7 +30,8 @@ def time_loss(demo: Demo, teacher: PyramidSegmenter, student: nn.Module, loss: M
     modules: list[Any] = list(loss.mask_modules)
 
     def fused() -> Tensor:
-        return loss(s, t)
+        result: Tensor = loss(s, t)
+        return result
 
     def published() -> Tensor:
         levels = zip(s, t, modules, strict=True)

@@ -92,7 +92,8 @@ class Demo:
         key = self.source + repr(dataclasses.astuple(self.settings)).encode()
         path = self.out / "stages" / f"{name}-{hashlib.sha256(key).hexdigest()[:12]}.pt"
         if path.exists():
-            return torch.load(path, map_location=self.device, weights_only=True)
+            stored: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
+            return stored
         start = time.perf_counter()
         result = compute()
         result["seconds"] = time.perf_counter() - start
@@ -103,7 +104,8 @@ class Demo:
 
     def ready(self, model: nn.Module) -> nn.Module:
         """The model on the device, channels-last."""
-        return model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        converted: nn.Module = model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return converted
 
     def teacher(self) -> PyramidSegmenter:
         """The trained teacher."""

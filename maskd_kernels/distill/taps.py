@@ -162,7 +162,8 @@ class Layer:
                 f"{where}: grid ({height}, {width}) needs {height * width} tokens, got {length} "
                 f"(prefix_tokens={self.prefix_tokens})"
             )
-        return x.unflatten(2, (height, width))
+        image: Tensor = x.unflatten(2, (height, width))
+        return image
 
     def from_map(self, masked: Tensor, x: Tensor) -> Tensor:
         """``to_map`` undone: the level as the layer put it out, with the map's values in place of its own."""

@@ -153,7 +153,8 @@ def maskd_loss(plan: Plan, inputs: Inputs, customize: bool | Tensor, eps: float)
         customize: whether masks are multiplied by the student's own; also a 0-dim bool on the features' device.
         eps: added to each mask's mass.
     """
-    loss: Tensor = _FrozenLoss.apply(plan, inputs, (customize, eps), torch.is_grad_enabled(), *inputs.student)
+    apply: Any = _FrozenLoss.apply
+    loss: Tensor = apply(plan, inputs, (customize, eps), torch.is_grad_enabled(), *inputs.student)
     return loss
 
 

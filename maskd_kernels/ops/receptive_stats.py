@@ -92,11 +92,13 @@ def _empty_stats(
     )
 
 
-@torch.library.register_fake(_NAME)
 def _fake(
     teacher: list[Tensor], tokens: list[Tensor], student: list[Tensor], customize: Tensor | None, sums: bool
 ) -> tuple[Tensor, ...]:
     return tuple(_empty_stats(teacher, tokens, student, customize is not None, sums))
+
+
+torch.library.register_fake(_NAME, _fake)
 
 
 def forward(
@@ -147,7 +149,6 @@ def empty_gradients(
     )
 
 
-@torch.library.register_fake(_BACKWARD_NAME)
 def _backward_fake(
     teacher: list[Tensor],
     tokens: list[Tensor],
@@ -158,6 +159,9 @@ def _backward_fake(
 ) -> list[Tensor]:
     grad_teacher, grad_tokens, grad_student = empty_gradients(teacher, tokens, student, needs)
     return grad_teacher + grad_tokens + grad_student
+
+
+torch.library.register_fake(_BACKWARD_NAME, _backward_fake)
 
 
 def reference_backward(

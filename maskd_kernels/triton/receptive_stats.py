@@ -542,7 +542,7 @@ def _element_size(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> int:
 
 def pad_tokens(num_tokens: int) -> int:
     """Rows of the tiles that hold tokens: tl.dot's 16 at least."""
-    return max(16, triton.next_power_of_2(num_tokens))
+    return max(16, int(triton.next_power_of_2(num_tokens)))
 
 
 def _dense(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Maps:
