@@ -1,0 +1,292 @@
+"""Adapters against the real packages' own trainers, on data made here; ``make test-models`` brings the packages."""
+
+import copy
+import csv
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from maskd_kernels import MasKDLoss
+from maskd_kernels.losses.checkpoints import read_state
+
+
+@pytest.mark.parametrize("package", ["ultralytics", "torchdistill"])
+def test_missing_package_is_named(package):
+    """Where it is not installed; and the package itself imports none of them."""
+    script = f"""
+import sys
+sys.modules[{package!r}] = None
+import maskd_kernels
+assert not {{"ultralytics", "torchdistill"}} & {{name for name, module in sys.modules.items() if module}}
+try:
+    import maskd_kernels.integrations.{package}
+except ImportError as error:
+    assert "pip install '{package}>=" in str(error), error
+else:
+    raise AssertionError("no error")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# ---- Ultralytics -------------------------------------------------------------------------------
+
+
+class StopHereError(Exception):
+    """Ends a run from a callback, as a crash would."""
+
+
+@pytest.fixture(scope="module")
+def yolo(tmp_path_factory):
+    """A folder with eight pictures of two classes, and an untrained teacher in a file."""
+    ultralytics = pytest.importorskip("ultralytics", reason="by `make test-models`")
+    import cv2
+    import numpy as np
+
+    root, random = tmp_path_factory.mktemp("yolo"), np.random.default_rng(0)
+    (root / "images").mkdir()
+    (root / "labels").mkdir()
+    for i in range(8):
+        picture, lines = random.integers(0, 60, (96, 96, 3), dtype=np.uint8), []
+        for kind in range(2):
+            x, y = random.integers(0, 64, 2)
+            picture[y : y + 32, x : x + 32, kind] = 220
+            lines.append(f"{kind} {(x + 16) / 96} {(y + 16) / 96} {32 / 96} {32 / 96}")
+        cv2.imwrite(str(root / f"images/{i}.png"), picture)
+        (root / f"labels/{i}.txt").write_text("\n".join(lines))
+    (root / "data.yaml").write_text(f"path: {root}\ntrain: images\nval: images\nnames: {{0: a, 1: b}}\n")
+    torch.manual_seed(0)
+    teacher = ultralytics.YOLO("yolo26s.yaml")
+    teacher.model = ultralytics.nn.tasks.DetectionModel("yolo26s.yaml", nc=2, verbose=False)
+    teacher.save(root / "teacher.pt")
+    return root
+
+
+def settings(root, **others):
+    quiet = {"plots": False, "verbose": False, "exist_ok": True, "project": str(root / "runs")}
+    return {"data": str(root / "data.yaml"), "imgsz": 64, "batch": 4, "device": "cpu", "epochs": 1, **quiet, **others}
+
+
+def train(root, method, callbacks=None, model="yolo26n.yaml", *, options=None, **others):
+    """Ultralytics' own training of a small student; the YOLO."""
+    from ultralytics import YOLO
+
+    from maskd_kernels.integrations.ultralytics import trainer
+
+    student = YOLO(str(model))
+    for event, callback in (callbacks or {}).items():
+        student.add_callback(event, callback)
+    arguments = settings(root, name=method, **others)
+    student.train(**arguments, trainer=trainer(root / "teacher.pt", method, **(options or {})))
+    return student
+
+
+def distillation(trainer):
+    """What is trained beside the student."""
+    parts = {"aligns": trainer.model.distiller.aligns, "losses": trainer.model.distiller.losses}
+    return {f"{part}.{name}": x for part, module in parts.items() for name, x in module.state_dict().items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["maskd", "mgd", "amd", "scores"])
+def test_yolo_trains(yolo, method, tmp_path):
+    """By its trainer: the loss shown and learned from, and checkpoints that know nothing of us."""
+    seen = {}
+
+    def at_start(trainer):
+        seen["before"] = {name: x.clone() for name, x in distillation(trainer).items()}
+
+    def at_end(trainer):
+        seen["header"], seen["after"], seen["ema"] = trainer.progress_string(), distillation(trainer), trainer.ema.ema
+        seen["trained"] = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+        seen["learning"] = [*trainer.model.distiller.trainable_parameters()]
+
+    options = {"weight_mask": False, "train_tokens": False} if method == "maskd" else {}
+    train(yolo, method, {"on_train_start": at_start, "on_train_epoch_end": at_end}, options=options)
+    assert "dis_loss" in seen["header"]
+    assert {id(p) for p in seen["learning"]} <= seen["trained"]
+    changed = {name for name, x in seen["after"].items() if not torch.equal(x, seen["before"][name])}
+    fixed = {name for name in seen["after"] if "mask_token" in name}
+    assert changed == seen["after"].keys() - fixed
+    assert (method == "maskd") == bool(fixed)
+    with open(yolo / f"runs/{method}/results.csv") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["train/dis_loss"]) > 0
+
+    for name in ("last.pt", "best.pt"):
+        script = f"""
+import sys, torch
+sys.modules["maskd_kernels"] = None
+from ultralytics import YOLO
+from ultralytics.nn.tasks import DetectionModel
+model = YOLO({str(yolo / "runs" / method / "weights" / name)!r})
+assert type(model.model) is DetectionModel
+reference = DetectionModel("yolo26n.yaml", nc=2, verbose=False).state_dict()
+assert model.model.state_dict().keys() == reference.keys()
+assert "distiller" not in vars(model.model)
+model.predict(torch.rand(1, 3, 64, 64), verbose=False)
+"""
+        subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_yolo_scores_are_its_own_loss(yolo):
+    """Value and gradients of a whole step against the package's ``distill_model``, given the same projectors."""
+    package = pytest.importorskip("ultralytics.nn.distill_model", reason="a release without distill_model")
+    seen = {}
+
+    def compare(trainer):
+        torch.manual_seed(0)
+        plain = copy.deepcopy(trainer.model)
+        theirs = package.DistillationModel(teacher_model=str(yolo / "teacher.pt"), student_model=plain)
+        ours = trainer.model
+        theirs.projector.load_state_dict(ours.distiller.aligns[0][:3].state_dict())
+        batch = trainer.preprocess_batch(next(iter(trainer.train_loader)))
+        for model in (ours.train(), theirs.train()):
+            loss, items = model(batch)
+            loss.sum().backward()
+            seen[model] = loss, items
+        (a, a_items), (b, b_items) = seen[ours], seen[theirs]
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+        assert a_items["dis_loss"] > 0
+        torch.testing.assert_close(a_items, {**b_items, "dis_loss": b_items["dis_loss"].squeeze()}, rtol=1e-5, atol=0)
+        gradients = [dict(ours.named_parameters()), dict(plain.named_parameters())]
+        gradients[1].update({f"distillation.0.{k}": p for k, p in theirs.projector.named_parameters()})
+        assert gradients[0].keys() == gradients[1].keys()
+        for name, p in gradients[0].items():
+            torch.testing.assert_close(p.grad, gradients[1][name].grad, rtol=1e-4, atol=1e-6, msg=name)
+        raise StopHereError
+
+    with pytest.raises(StopHereError):
+        train(yolo, "scores", {"on_train_start": compare})
+
+
+@pytest.mark.slow
+def test_yolo_resumes_with_what_it_has_learned(yolo):
+    options, seen = {"custom_mask_warmup": 1}, {}
+
+    def crash(trainer):
+        if trainer.epoch == 1:
+            seen["before"] = {name: x.clone() for name, x in distillation(trainer).items()}
+            raise StopHereError
+
+    with pytest.raises(StopHereError):
+        train(yolo, "maskd", {"on_fit_epoch_end": crash}, options=options, epochs=3)
+    last = yolo / "runs/maskd/weights/last.pt"
+
+    def resumed(trainer):
+        seen["epoch"], seen["after"] = trainer.start_epoch, copy.deepcopy(distillation(trainer))
+
+    train(yolo, "maskd", {"on_train_start": resumed}, model=last, options=options, resume=True)
+    assert seen["epoch"] == 2
+    assert seen["before"]["losses.0._iter"] > 2
+    torch.testing.assert_close(seen["after"], seen["before"], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_yolo_recovers_from_nan(yolo):
+    """As Ultralytics does, from its last checkpoint; the distillation's parameters too."""
+
+    def poison(trainer):
+        if trainer.epoch == 1 and not trainer.nan_recovery_attempts:
+            with torch.no_grad():
+                trainer.model.distiller.losses[0].generation[0][0].weight.fill_(torch.nan)
+
+    seen = []
+    train(
+        yolo,
+        "mgd",
+        {"on_train_epoch_start": poison, "on_train_epoch_end": lambda trainer: seen.append(bool(trainer.loss.isfinite()))},
+        epochs=2,
+    )
+    assert seen == [True, False, True]
+
+
+@pytest.mark.slow
+def test_yolo_in_half_precision_at_several_sizes_with_frozen_layers(yolo):
+    seen = {}
+
+    def start(trainer):
+        seen["before"] = copy.deepcopy(trainer.model.state_dict())
+
+    def end(trainer):
+        seen["sizes"].add(trainer.batch_size and trainer.loss_items["dis_loss"].isfinite().item())
+        seen["after"], seen["amp"] = trainer.model.state_dict(), trainer.amp
+
+    seen["sizes"] = set()
+    train(
+        yolo, "mgd", {"on_train_start": start, "on_train_batch_end": end}, epochs=2, amp="bf16", multi_scale=0.5, freeze=3
+    )
+    assert seen["amp"] is True
+    assert seen["sizes"] == {True}
+    for name, x in seen["after"].items():
+        frozen = name.startswith(("model.0.", "model.1.", "model.2."))
+        if name.endswith("conv.weight"):
+            assert torch.equal(x, seen["before"][name]) == frozen, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "runs"), [("mgd", False), ("scores", True)])
+def test_yolo_teacher_stops_where_the_method_allows(yolo, method, runs):
+    calls = []
+
+    def count(trainer):
+        head = trainer.model.distiller.teacher.model[-1]
+        forward = head.forward
+        head.forward = lambda x: calls.append(1) or forward(x)
+
+    train(yolo, method, {"on_train_start": count})
+    # Once for each form of inputs it runs whole, to learn where it may end: batches of four pictures.
+    assert len(calls) == (2 if runs else 1)
+
+
+@pytest.mark.slow
+def test_yolo_tokens(yolo, tmp_path):
+    from maskd_kernels.integrations.ultralytics import train_tokens
+
+    arguments = settings(yolo)
+    del arguments["data"], arguments["epochs"]
+    files = [
+        train_tokens(yolo / "teacher.pt", yolo / "data.yaml", tmp_path / f"{i}.pth", iterations=i, **arguments)
+        for i in (1, 4)
+    ]
+    learned = read_state(files[1])
+    assert {name.split(".")[1] for name in learned} == {"0", "1", "2"}
+    assert all(not torch.equal(x, read_state(files[0])[name]) for name, x in learned.items())
+    MasKDLoss([128, 256, 512], pretrained=files[1])
+    seen = {}
+
+    def start(trainer):
+        seen.update({name: x.clone() for name, x in distillation(trainer).items() if "mask_module" in name})
+        raise StopHereError
+
+    with pytest.raises(StopHereError):
+        train(yolo, "maskd", {"on_train_start": start}, options={"tokens": files[1]})
+    torch.testing.assert_close(seen, {f"losses.0.{name}": x for name, x in learned.items()}, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_yolo_complaints(yolo):
+    from ultralytics import YOLO
+
+    from maskd_kernels.integrations.ultralytics import train_tokens, trainer
+
+    with pytest.raises(ValueError, match="method: expected one of maskd, mgd, amd, scores, got 'kd'"):
+        trainer("teacher.pt", "kd")
+    with pytest.raises(ValueError, match="tokens: expected none for method='mgd'"):
+        trainer("teacher.pt", "mgd", tokens="tokens.pth")
+    with pytest.raises(ValueError, match="options: expected none for method='scores', got alpha_mgd"):
+        trainer("teacher.pt", "scores", alpha_mgd=1.0)
+    with pytest.raises(ValueError, match="align: expected 'linear', 'mlp' or None"):
+        trainer("teacher.pt", align="none")
+    for teacher, message in (
+        ("yolov8n-p6.yaml", "teacher: expected 3 levels like the student's, got 4"),
+        ("yolo26n-cls.yaml", "teacher: expected a detector of Ultralytics, got a ClassificationModel"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            YOLO("yolo26n.yaml").train(**settings(yolo), trainer=trainer(teacher, "mgd"))
+    with pytest.raises(ValueError, match="distill_model: expected none"):
+        YOLO("yolo26n.yaml").train(**settings(yolo), distill_model="yolo26s.pt", trainer=trainer("yolo26s.yaml", "mgd"))
+    with pytest.raises(ValueError, match="teacher: expected one of 2 classes like the data's, got 80"):
+        train_tokens("yolo26s.yaml", yolo / "data.yaml", project=str(yolo / "runs"), device="cpu")
