@@ -4,6 +4,7 @@ import copy
 import csv
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,12 +197,11 @@ def test_yolo_recovers_from_nan(yolo):
                 trainer.model.distiller.losses[0].generation[0][0].weight.fill_(torch.nan)
 
     seen = []
-    train(
-        yolo,
-        "mgd",
-        {"on_train_epoch_start": poison, "on_train_epoch_end": lambda trainer: seen.append(bool(trainer.loss.isfinite()))},
-        epochs=2,
-    )
+
+    def look(trainer):
+        seen.append(trainer.loss.isfinite().item())
+
+    train(yolo, "mgd", {"on_train_epoch_start": poison, "on_train_epoch_end": look}, epochs=2)
     assert seen == [True, False, True]
 
 
@@ -248,6 +248,50 @@ def test_yolo_teacher_stops_where_the_method_allows(yolo, method, runs):
     train(yolo, method, {"on_train_start": count})
     # Once for each form of inputs it runs whole, to learn where it may end: batches of four pictures.
     assert len(calls) == (2 if runs else 1)
+
+
+PROCESS = """
+import sys
+import torch
+from torch.nn import parallel
+
+parallel_of_devices = parallel.DistributedDataParallel
+
+class OnTheCPU(parallel_of_devices):
+    def __init__(self, module, device_ids=None, **options):
+        super().__init__(module, **options)
+
+parallel.DistributedDataParallel = OnTheCPU
+state = torch.load(sys.argv[1], weights_only=False)
+trainer = state["trainer"](overrides=state["args"])
+trainer.world_size = 2
+trainer._setup_ddp = lambda: torch.distributed.init_process_group("gloo")
+
+def share(trainer):
+    mine = torch.cat([p.detach().flatten() for p in trainer.model.module.parameters()])
+    other = mine.clone()
+    torch.distributed.broadcast(other, 0)
+    assert torch.equal(mine, other)
+    assert len(mine) > sum(p.numel() for p in trainer.ema.ema.parameters())  # those of the distillation too
+
+trainer.add_callback("on_train_epoch_end", share)
+trainer.train()
+"""
+
+
+@pytest.mark.slow
+def test_yolo_in_two_processes(yolo, tmp_path):
+    """What Ultralytics' launcher pickles for its processes trains in them; on a CPU, which its own launcher refuses."""
+    cloudpickle = pytest.importorskip("cloudpickle", reason="Ultralytics installs it for several GPUs")
+    from maskd_kernels.integrations.ultralytics import trainer
+
+    made = trainer(yolo / "teacher.pt", "mgd")
+    arguments = settings(yolo, model="yolo26n.yaml", name="two", val=False)
+    torch.save({"trainer": made, "args": arguments}, tmp_path / "state.pt", pickle_module=cloudpickle)
+    (tmp_path / "process.py").write_text(PROCESS)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([sys.executable, *launch, str(tmp_path / "process.py"), str(tmp_path / "state.pt")], check=True)
+    assert (yolo / "runs/two/weights/best.pt").exists()
 
 
 @pytest.mark.slow
@@ -299,3 +343,125 @@ def test_yolo_complaints(yolo):
         YOLO("yolo26n.yaml").train(**settings(yolo), distill_model="yolo26s.pt", trainer=trainer("yolo26s.yaml", "mgd"))
     with pytest.raises(ValueError, match="teacher: expected one of 2 classes like the data's, got 80"):
         train_tokens("yolo26s.yaml", yolo / "data.yaml", project=str(yolo / "runs"), device="cpu")
+
+
+# ---- torchdistill ------------------------------------------------------------------------------
+
+CONFIGS = Path(__file__).parent.parent / "examples/torchdistill"
+
+
+def torchdistill_box(name, change=lambda config: None, models=None):
+    """What torchdistill makes of a configuration."""
+    pytest.importorskip("torchdistill", reason="by `make test-models`")
+    from torchdistill.common import yaml_util
+    from torchdistill.common.main_util import import_dependencies
+    from torchdistill.core.distillation import get_distillation_box
+    from torchdistill.core.training import get_training_box
+    from torchdistill.models.official import get_image_classification_model
+
+    config = yaml_util.load_yaml_file(str(CONFIGS / f"{name}.yaml"))
+    import_dependencies(config["dependencies"])
+    change(config)
+    models = models or {role: get_image_classification_model(model) for role, model in config["models"].items()}
+    rest = (config["datasets"], config["train"], torch.device("cpu"), None, False, 1)
+    if len(models) == 1:
+        return get_training_box(models["model"], *rest)
+    return get_distillation_box(models["teacher_model"].eval(), models["student_model"], *rest)
+
+
+def run_box(box):
+    """One epoch, as torchdistill's own scripts; the losses."""
+    losses = []
+    box.pre_epoch_process(epoch=0)
+    for batch, targets, others in box.train_data_loader:
+        box.pre_forward_process()
+        loss = box.forward_process(batch, targets, others)
+        losses.append(loss.item())
+        box.post_forward_process(loss=loss)
+    box.post_epoch_process()
+    return losses
+
+
+@pytest.mark.slow
+def test_torchdistill_learns_tokens_and_distils_with_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    box = torchdistill_box("tokens")
+    teacher = copy.deepcopy(box.org_model.state_dict())
+    before = copy.deepcopy(box.model.state_dict())
+    losses = run_box(box)
+    assert len(losses) == 2
+    assert all(not torch.equal(x, before[name]) for name, x in box.model.state_dict().items())
+    torch.testing.assert_close(box.org_model.state_dict(), teacher, rtol=0, atol=0)
+    learned = read_state("tokens.pth")
+
+    box = torchdistill_box("maskd")
+    block = box.student_model.blocks["maskd"]
+    aligns = copy.deepcopy(block.aligns.state_dict())
+    losses = run_box(box)
+    assert all(torch.equal(x, learned[name]) for name, x in block.loss.state_dict().items() if name != "_iter")
+    assert block.loss._iter == 2
+    assert all(not torch.equal(x, aligns[name]) for name, x in block.aligns.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mgd", "amd"])
+def test_torchdistill_trains_blocks_and_keeps_them(method, tmp_path):
+    file = tmp_path / "blocks" / "block.pt"
+
+    def with_file(config):
+        config["train"]["student"]["auxiliary_model_wrapper"]["kwargs"]["blocks"][method]["ckpt"] = str(file)
+
+    box = torchdistill_box(method, with_file)
+    block = box.student_model.blocks[method]
+    before = copy.deepcopy(block.state_dict())
+    run_box(box)
+    assert all(not torch.equal(x, before[name]) for name, x in block.state_dict().items())
+    again = torchdistill_box(method, with_file).student_model.blocks[method]
+    torch.testing.assert_close(again.state_dict(), block.state_dict(), rtol=0, atol=0)
+
+
+def test_torchdistill_term_is_the_loss_of_what_the_layers_put_out():
+    """By hand: the models called once more, in the modes that they run in."""
+    box = torchdistill_box("amd")  # nothing random in it
+    box.student_model.eval()
+    pictures = torch.rand(2, 3, 64, 64)
+    ((term, _),) = (pair for name, pair in box.criterion.term_dict.items() if name == "amd")
+    seen = {}
+    box.criterion = lambda io, *_: seen.setdefault("loss", term(io["student"], io["teacher"]))
+    box.forward_process(pictures, torch.zeros(2, dtype=torch.int64), None)
+
+    def features(model, names):
+        found, layers = [], dict(model.named_modules())
+        handles = [layers[name].register_forward_hook(lambda _m, _i, out: found.append(out)) for name in names]
+        model(pictures)
+        for handle in handles:
+            handle.remove()
+        return found
+
+    student = features(box.org_student_model, ["features.8", "features.12"])
+    teacher = features(box.org_teacher_model, ["layer3", "layer4"])
+    torch.testing.assert_close(seen["loss"], box.student_model.blocks["amd"].loss(student, teacher), rtol=1e-6, atol=0)
+
+
+def test_torchdistill_complaints():
+    pytest.importorskip("torchdistill", reason="by `make test-models`")
+    from maskd_kernels.integrations.torchdistill import Block, MaskedDistillationLoss, TokenDiceLoss
+
+    with pytest.raises(
+        ValueError, match="key: expected one of MasKDLoss, MasKDSegLoss, MGDLoss, AMDLoss, got 'KDLoss'"
+    ):
+        Block("KDLoss")
+    with pytest.raises(ValueError, match=r"student_channels: expected one per level, 2, got \[8\]"):
+        Block("MasKDLoss", {"channels": [16, 16]}, student_channels=8)
+    with pytest.raises(ValueError, match="student_channels: expected as an argument of MGDLoss, in kwargs"):
+        Block("MGDLoss", {"student_channels": 8, "teacher_channels": 16}, student_channels=8)
+    term, out = MaskedDistillationLoss("mgd", "a", ["b", "c"]), {"output": torch.zeros(1, 4, 2, 2)}
+    with pytest.raises(KeyError, match="no 'mgd' in the student's auxiliary_model_wrapper.* has maskd"):
+        term({"a": out, "maskd": {"block": None}}, {})
+    block = {"mgd": {"block": None}}
+    with pytest.raises(KeyError, match="teacher: no output of b, c was recorded"):
+        term({"a": out, **block}, {})
+    with pytest.raises(ValueError, match="as many levels of the student as of the teacher, got 1 and 2"):
+        term({"a": out, **block}, {"b": out, "c": out})
+    with pytest.raises(KeyError, match="must be TeacherWithReceptiveTokens"):
+        TokenDiceLoss()({})

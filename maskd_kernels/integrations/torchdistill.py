@@ -29,9 +29,7 @@ except ImportError as error:
         f"maskd_kernels.integrations.torchdistill needs torchdistill: pip install 'torchdistill>=1.1' ({error})"
     ) from error
 
-LOSSES: Mapping[str, type[nn.Module]] = {
-    loss.__name__: loss for loss in (MasKDLoss, MasKDSegLoss, MGDLoss, AMDLoss)
-}
+LOSSES: Mapping[str, type[nn.Module]] = {loss.__name__: loss for loss in (MasKDLoss, MasKDSegLoss, MGDLoss, AMDLoss)}
 
 
 class Block(nn.Module):
@@ -197,8 +195,8 @@ class MaskedDistillationLoss(nn.Module):
         teacher = _features(self.teacher, teacher_io_dict, self.teacher_io, "teacher")
         if len(student.levels) != len(teacher.levels):
             raise ValueError(
-                f"{self.block}: expected as many levels of the student as of the teacher, got {len(student.levels)} and "
-                f"{len(teacher.levels)}; levels=... chooses"
+                f"{self.block}: expected as many levels of the student as of the teacher, got {len(student.levels)} "
+                f"and {len(teacher.levels)}; levels=... chooses"
             )
         targets = [t.detach() for t in teacher.levels]
         block = student_io_dict[self.block]["block"]

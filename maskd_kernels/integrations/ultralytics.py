@@ -101,6 +101,8 @@ class DistillationTrainer(DetectionTrainer):
     """Ultralytics' trainer, its student distilled from a teacher; :func:`trainer` makes one with settings."""
 
     settings: ClassVar[Settings]
+    loss_names: Any
+    loss_items: Any
 
     def __init__(self, cfg: Any = DEFAULT_CFG, overrides: Any = None, _callbacks: Any = None) -> None:
         super().__init__(cfg, overrides, _callbacks)
@@ -118,8 +120,7 @@ class DistillationTrainer(DetectionTrainer):
         weight = self.settings.weight
         if weight is None:
             weight = getattr(self.args, "dis", 6.0) if self.settings.method in ("maskd", "scores") else 1.0
-        distiller = _distiller(self.model, self.settings, weight)
-        _distil(self.model, distiller)
+        _distil(self.model, _distiller(self.model, self.settings, weight))
 
     def build_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The optimizer; what the distillation has learned travels in its state, which is in checkpoints to resume."""
@@ -131,6 +132,8 @@ class DistillationTrainer(DetectionTrainer):
             return {**state, "distillation": {key: value.cpu() for key, value in learned.state_dict().items()}}
 
         def load(_optimizer: Any, state: dict[str, Any]) -> None:
+            if "distillation" not in state:
+                raise ValueError("resume: expected the checkpoint of a distillation, got one of a plain training")
             learned.load_state_dict(state["distillation"])
 
         optimizer.register_state_dict_post_hook(save)
@@ -185,7 +188,7 @@ class _Student:
 
 def _plain(student: Any) -> Any:
     """The student as it was, with the same parameters and layers."""
-    base = type(student).__bases__[-1]
+    base: Any = type(student).__bases__[-1]
     plain = base.__new__(base)
     plain.__dict__.update(student.__dict__)
     del plain.__dict__["distiller"]
@@ -264,25 +267,26 @@ def _example(model: Any) -> Tensor:
 
 @torch.no_grad()
 def _neck(model: Any, role: str) -> _Neck:
-    """The neck of a detector in eval mode.
+    """A detector's neck.
 
     Raises:
         ValueError: no detector.
     """
     head: Any = next((layer for layer in getattr(model, "model", []) if isinstance(layer, Detect)), None)
     if head is None:
-        raise ValueError(f"{role}: expected a detector of Ultralytics, got a {type(model).__name__} without such a head")
+        raise ValueError(f"{role}: expected a detector of Ultralytics, got a {type(model).__name__} without its head")
     levels: list[int] = []
+    mode = model.training
     with head.register_forward_pre_hook(lambda _head, inputs: levels.extend(x.shape[1] for x in inputs[0])):
-        model(_example(model))
+        model.eval()(_example(model))
+    model.train(mode)
     return _Neck([f"model.{i}" for i in head.f], f"model.{head.i}", levels)
 
 
-def _loaded(teacher: str | Path | nn.Module, device: torch.device) -> Any:
+def _loaded(teacher: Any, device: torch.device) -> Any:
     """A teacher of our own, in eval mode."""
     if isinstance(teacher, (str, Path)):
-        teacher = YOLO(teacher)
-        model: Any = teacher.model
+        model = YOLO(teacher).model
     else:
         model = copy.deepcopy(teacher.model if isinstance(teacher, YOLO) else teacher)
     return model.float().to(device).eval().requires_grad_(False)
@@ -295,9 +299,7 @@ def _distiller(student: Any, settings: Settings, weight: float) -> Distiller:
         ValueError: models that do not fit each other.
     """
     teacher = _loaded(settings.teacher, next(student.parameters()).device)
-    student.eval()
     source, target = _neck(student, "student"), _neck(teacher, "teacher")
-    student.train()
     image, wanted = _example(student), teacher.yaml.get("channels", 3)
     if image.shape[1] != wanted:
         raise ValueError(f"teacher: expected one of {image.shape[1]} image channels like the student's, got {wanted}")
@@ -305,30 +307,35 @@ def _distiller(student: Any, settings: Settings, weight: float) -> Distiller:
         raise ValueError(
             f"teacher: expected {len(source.channels)} levels like the student's, got {len(target.channels)}"
         )
-    align: Any = "auto"
-    if settings.align == "mlp":
-        align = [_projector(s, t) for s, t in zip(source.channels, target.channels, strict=True)]
-    own, whole = settings.align == "mlp", settings.method == "scores"
-    loss: nn.Module
-    if settings.method == "maskd":
-        loss = MasKDLoss(target.channels, pretrained=settings.tokens, **settings.options)
-    elif settings.method == "scores":
-        loss = ScoreWeightedLoss()
-    else:
-        block = MGDLoss if settings.method == "mgd" else AMDLoss
-        loss = block(target.channels if own else source.channels, target.channels, **settings.options)
-    layers = [Layer(source.names), Layer(target.names)]
-    if whole:
-        layers = [Layer([*neck.names, neck.head], select=_level_or_scores) for neck in (source, target)]
-        align = [*align, nn.Identity()] if own else align
+    loss = _loss(settings, source, target)
+    student_side, teacher_side, align = Layer(source.names), Layer(target.names), _aligns(settings, source, target)
+    if settings.method == "scores":
+        student_side, teacher_side = (Layer([*n.names, n.head], select=_level_or_scores) for n in (source, target))
+        align = align if align == "auto" else [*align, nn.Identity()]
     else:
         teacher.fuse(verbose=False)  # batch norms into convolutions; a head that is not read may lose a branch
-    tap = Tap(*layers, loss, align=align, name=LOSS_NAME, weight=weight)
+    tap = Tap(student_side, teacher_side, loss, align=align, name=LOSS_NAME, weight=weight)
     return Distiller(student, teacher, tap, example_inputs=(image,)).to(image.device)
 
 
-def _projector(student: int, teacher: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(student, teacher, 1), nn.ReLU(inplace=True), nn.Conv2d(teacher, teacher, 1))
+def _loss(settings: Settings, source: _Neck, target: _Neck) -> nn.Module:
+    if settings.method == "maskd":
+        return MasKDLoss(target.channels, pretrained=settings.tokens, **settings.options)
+    if settings.method == "scores":
+        return ScoreWeightedLoss()
+    block = MGDLoss if settings.method == "mgd" else AMDLoss
+    given = source.channels if settings.align == "linear" else target.channels  # the loss aligns, or is given aligned
+    return block(given, target.channels, **settings.options)
+
+
+def _aligns(settings: Settings, source: _Neck, target: _Neck) -> Any:
+    """What a tap is told to align with."""
+    if settings.align == "linear":
+        return "auto"
+    return [
+        nn.Sequential(nn.Conv2d(s, t, kernel_size=1), nn.ReLU(inplace=True), nn.Conv2d(t, t, kernel_size=1))
+        for s, t in zip(source.channels, target.channels, strict=True)
+    ]
 
 
 # ---- Receptive tokens --------------------------------------------------------------------------
