@@ -350,7 +350,16 @@ def test_yolo_complaints(yolo):
 CONFIGS = Path(__file__).parent.parent / "examples/torchdistill"
 
 
-def torchdistill_box(name, change=lambda config: None, models=None):
+def with_statistics(model):
+    """In eval mode, its batch norms' statistics those of some noise: an untrained network's features explode else."""
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = 1.0
+    model(torch.rand(8, 3, 64, 64))
+    return model.eval()
+
+
+def torchdistill_box(name, change=lambda config: None):
     """What torchdistill makes of a configuration."""
     pytest.importorskip("torchdistill", reason="by `make test-models`")
     from torchdistill.common import yaml_util
@@ -362,11 +371,11 @@ def torchdistill_box(name, change=lambda config: None, models=None):
     config = yaml_util.load_yaml_file(str(CONFIGS / f"{name}.yaml"))
     import_dependencies(config["dependencies"])
     change(config)
-    models = models or {role: get_image_classification_model(model) for role, model in config["models"].items()}
+    models = {role: get_image_classification_model(model) for role, model in config["models"].items()}
     rest = (config["datasets"], config["train"], torch.device("cpu"), None, False, 1)
     if len(models) == 1:
-        return get_training_box(models["model"], *rest)
-    return get_distillation_box(models["teacher_model"].eval(), models["student_model"], *rest)
+        return get_training_box(with_statistics(models["model"]), *rest)
+    return get_distillation_box(with_statistics(models["teacher_model"]), models["student_model"], *rest)
 
 
 def run_box(box):
@@ -456,7 +465,7 @@ def test_torchdistill_complaints():
     with pytest.raises(ValueError, match="student_channels: expected as an argument of MGDLoss, in kwargs"):
         Block("MGDLoss", {"student_channels": 8, "teacher_channels": 16}, student_channels=8)
     term, out = MaskedDistillationLoss("mgd", "a", ["b", "c"]), {"output": torch.zeros(1, 4, 2, 2)}
-    with pytest.raises(KeyError, match="no 'mgd' in the student's auxiliary_model_wrapper.* has maskd"):
+    with pytest.raises(KeyError, match=r"no 'mgd' in the student's auxiliary_model_wrapper.* has maskd"):
         term({"a": out, "maskd": {"block": None}}, {})
     block = {"mgd": {"block": None}}
     with pytest.raises(KeyError, match="teacher: no output of b, c was recorded"):
