@@ -266,6 +266,7 @@ state = torch.load(sys.argv[1], weights_only=False)
 trainer = state["trainer"](overrides=state["args"])
 trainer.world_size = 2
 trainer._setup_ddp = lambda: torch.distributed.init_process_group("gloo")
+trainer.final_eval = lambda: None  # asks for a GPU
 
 def share(trainer):
     mine = torch.cat([p.detach().flatten() for p in trainer.model.module.parameters()])
