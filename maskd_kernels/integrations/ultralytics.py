@@ -25,7 +25,7 @@ try:
     from ultralytics import YOLO
     from ultralytics.models.yolo.detect import DetectionTrainer
     from ultralytics.nn.modules.head import Detect
-    from ultralytics.utils import DEFAULT_CFG, LOGGER, TQDM
+    from ultralytics.utils import LOGGER, TQDM
 except ImportError as error:
     raise ImportError(
         f"maskd_kernels.integrations.ultralytics needs Ultralytics: pip install 'ultralytics>=8.4' ({error})"
@@ -54,8 +54,9 @@ def trainer(
     tokens: Source | None = None,
     weight: float | None = None,
     align: str | None = None,
+    base: type[Any] = DetectionTrainer,
     **options: Any,
-) -> type[DistillationTrainer]:
+) -> type[Any]:
     """A trainer class for ``YOLO(...).train(..., trainer=...)`` that distils the neck's features into the student.
 
     Everything else is Ultralytics' own: data, EMA, AMP, ``multi_scale``, several GPUs, validation. The checkpoints hold
@@ -74,6 +75,7 @@ def trainer(
         align: how student features get the teacher's channels: ``"linear"``, a 1x1 convolution where they differ, or
             ``"mlp"``, Ultralytics' 1x1 convolution, ReLU, 1x1 convolution. None: ``"mlp"`` for ``"scores"``, else
             ``"linear"``.
+        base: Ultralytics' trainer of the student's task: ``SegmentationTrainer``, ``PoseTrainer``, ``OBBTrainer``.
         options: of ``MasKDLoss``, ``MGDLoss`` or ``AMDLoss``, such as ``alpha_mgd``.
 
     Raises:
@@ -94,18 +96,20 @@ def trainer(
         raise ValueError(f"options: expected none for method='scores', got {', '.join(options)}")
     align = align or ("mlp" if method == "scores" else "linear")
     settings = Settings(teacher, method, tokens, weight, align, options)
-    return type("DistillationTrainer", (DistillationTrainer,), {"settings": settings})
+    return type(f"Distillation{base.__name__}", (Distillation, base), {"settings": settings})
 
 
-class DistillationTrainer(DetectionTrainer):
-    """Ultralytics' trainer, its student distilled from a teacher; :func:`trainer` makes one with settings."""
+class Distillation:
+    """Mixed into a trainer of Ultralytics by :func:`trainer`: its student is distilled from a teacher."""
 
     settings: ClassVar[Settings]
+    args: Any
+    model: Any
     loss_names: Any
     loss_items: Any
 
-    def __init__(self, cfg: Any = DEFAULT_CFG, overrides: Any = None, _callbacks: Any = None) -> None:
-        super().__init__(cfg, overrides, _callbacks)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         if getattr(self.args, "distill_model", None) is not None:
             raise ValueError("distill_model: expected none with this trainer, which has a teacher of its own")
         if getattr(self.args, "quantize", None) == 8:
@@ -113,9 +117,9 @@ class DistillationTrainer(DetectionTrainer):
 
     def set_model_attributes(self) -> None:
         """Called once the model is on its device, before it is compiled, wrapped or given to an optimizer."""
-        super().set_model_attributes()
+        super().set_model_attributes()  # type: ignore[misc]
         if self.args.compile:
-            LOGGER.warning("'compile' is not supported with distillation and will be disabled.")
+            LOGGER.warning("compile is turned off: a student that is distilled here runs eagerly.")
             self.args.compile = False
         weight = self.settings.weight
         if weight is None:
@@ -124,7 +128,7 @@ class DistillationTrainer(DetectionTrainer):
 
     def build_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The optimizer; what the distillation has learned travels in its state, which is in checkpoints to resume."""
-        optimizer = super().build_optimizer(*args, **kwargs)
+        optimizer = super().build_optimizer(*args, **kwargs)  # type: ignore[misc]
         model = self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
         learned = nn.ModuleDict({"aligns": model.distiller.aligns, "losses": model.distiller.losses})
 
@@ -142,7 +146,7 @@ class DistillationTrainer(DetectionTrainer):
 
     def get_validator(self) -> Any:
         """The validator; releases before loss items had names take the names from here."""
-        validator = super().get_validator()
+        validator = super().get_validator()  # type: ignore[misc]
         if self.loss_names:
             self.loss_names = (*self.loss_names, LOSS_NAME)
         return validator
@@ -151,7 +155,7 @@ class DistillationTrainer(DetectionTrainer):
         """Validates the moving average, a plain student: without the distillation's loss."""
         if isinstance(self.loss_items, Tensor):  # releases before loss items had names
             self.loss_items = self.loss_items[:-1]
-        return super().validate()
+        return super().validate()  # type: ignore[misc]
 
 
 # ---- The student under training ----------------------------------------------------------------
@@ -233,22 +237,14 @@ class ScoreWeightedLoss(nn.Module):
         return masked_mse(features, targets, masks, weights=weights)
 
 
-def class_scores(output: Any) -> Tensor:
-    """The score of each pixel ``[N, 1, sum of H * W]`` of what a detection head puts out, in whichever mode.
-
-    Raises:
-        TypeError: no output of a detection head.
-    """
-    raw = output[-1] if isinstance(output, tuple) else output
-    if not isinstance(raw, Mapping):
-        raise TypeError(f"scores: expected a detection head's output with its class scores, got {type(raw).__name__}")
-    branches = [raw[name]["scores"] for name in ("one2many", "one2one")] if "one2one" in raw else [raw["scores"]]
-    logits = branches[0] if len(branches) == 1 else (branches[0] + branches[1]) / 2
-    return logits.detach().amax(1, keepdim=True).sigmoid()
-
-
 def _level_or_scores(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else class_scores(output)
+    """A neck's level as it is; of a head's output, in whichever mode, the scores of all pixels ``[N, 1, P]``."""
+    if isinstance(output, Tensor):
+        return output
+    raw = output[-1] if isinstance(output, tuple) else output
+    branches = [raw["one2many"], raw["one2one"]] if "one2one" in raw else [raw]
+    logits = torch.stack([branch["scores"].detach() for branch in branches]).mean(0)
+    return logits.amax(1, keepdim=True).sigmoid()
 
 
 @dataclass(frozen=True)
@@ -315,7 +311,10 @@ def _distiller(student: Any, settings: Settings, weight: float) -> Distiller:
     else:
         teacher.fuse(verbose=False)  # batch norms into convolutions; a head that is not read may lose a branch
     tap = Tap(student_side, teacher_side, loss, align=align, name=LOSS_NAME, weight=weight)
-    return Distiller(student, teacher, tap, example_inputs=(image,)).to(image.device)
+    distiller: Any = Distiller(student, teacher, tap, example_inputs=(image,))
+    kernel = next(p for p in student.parameters() if p.dim() == 4 and min(p.shape[1:]) > 1)
+    last = kernel.is_contiguous(memory_format=torch.channels_last)  # as Ultralytics lays the student on CUDA
+    return distiller.to(image.device, memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _loss(settings: Settings, source: _Neck, target: _Neck) -> nn.Module:
