@@ -53,7 +53,8 @@ def yolo(tmp_path_factory):
         for kind in range(2):
             x, y = random.integers(0, 64, 2)
             picture[y : y + 32, x : x + 32, kind] = 220
-            lines.append(f"{kind} {(x + 16) / 96} {(y + 16) / 96} {32 / 96} {32 / 96}")
+            corners = [(x, y), (x + 32, y), (x + 32, y + 32), (x, y + 32)]  # boxes for detectors, polygons for masks
+            lines.append(" ".join([str(kind), *(f"{u / 96} {v / 96}" for u, v in corners)]))
         cv2.imwrite(str(root / f"images/{i}.png"), picture)
         (root / f"labels/{i}.txt").write_text("\n".join(lines))
     (root / "data.yaml").write_text(f"path: {root}\ntrain: images\nval: images\nnames: {{0: a, 1: b}}\n")
@@ -318,6 +319,28 @@ def test_yolo_tokens(yolo, tmp_path):
     with pytest.raises(StopHereError):
         train(yolo, "maskd", {"on_train_start": start}, options={"tokens": files[1]})
     torch.testing.assert_close(seen, {f"losses.0.{name}": x for name, x in learned.items()}, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_yolo_of_another_task(yolo):
+    """By the trainer of that task, from a teacher of any."""
+    from ultralytics.models.yolo.segment import SegmentationTrainer
+
+    seen = {}
+
+    def look(trainer):
+        seen["names"] = set(trainer.label_loss_items(trainer.tloss))
+
+    train(
+        yolo,
+        "scores",
+        {"on_train_epoch_end": look},
+        model="yolo26n-seg.yaml",
+        options={"base": SegmentationTrainer},
+    )
+    assert {"train/seg_loss", "train/dis_loss"} <= seen["names"]
+    with pytest.raises(ValueError, match="base: expected Ultralytics' trainer of the task 'segment'"):
+        train(yolo, "scores", model="yolo26n-seg.yaml")
 
 
 @pytest.mark.slow

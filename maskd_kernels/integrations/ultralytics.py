@@ -114,6 +114,10 @@ class Distillation:
             raise ValueError("distill_model: expected none with this trainer, which has a teacher of its own")
         if getattr(self.args, "quantize", None) == 8:
             raise ValueError("quantize: expected no quantisation-aware training (8) with this trainer")
+        if self.args.task != "detect" and type(self).__bases__[-1] is DetectionTrainer:
+            raise ValueError(
+                f"base: expected Ultralytics' trainer of the task {self.args.task!r}, got DetectionTrainer"
+            )
 
     def set_model_attributes(self) -> None:
         """Called once the model is on its device, before it is compiled, wrapped or given to an optimizer."""
