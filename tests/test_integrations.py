@@ -61,6 +61,10 @@ def yolo(tmp_path_factory):
     torch.manual_seed(0)
     teacher = ultralytics.YOLO("yolo26s.yaml")
     teacher.model = ultralytics.nn.tasks.DetectionModel("yolo26s.yaml", nc=2, verbose=False)
+    for head in (teacher.model.model[-1].cv3, teacher.model.model[-1].one2one_cv3):
+        for level in head:  # scores that differ from pixel to pixel, and between the two heads
+            torch.nn.init.normal_(level[-1].weight)
+            torch.nn.init.zeros_(level[-1].bias)
     teacher.save(root / "teacher.pt")
     return root
 
@@ -365,8 +369,12 @@ def test_yolo_complaints(yolo):
             YOLO("yolo26n.yaml").train(**settings(yolo), trainer=trainer(teacher, "mgd"))
     with pytest.raises(ValueError, match="distill_model: expected none"):
         YOLO("yolo26n.yaml").train(**settings(yolo), distill_model="yolo26s.pt", trainer=trainer("yolo26s.yaml", "mgd"))
-    with pytest.raises(ValueError, match="teacher: expected one of 2 classes like the data's, got 80"):
-        train_tokens("yolo26s.yaml", yolo / "data.yaml", project=str(yolo / "runs"), device="cpu")
+    for teacher, message in (
+        ("yolo26s.yaml", "teacher: expected one of 2 classes like the data's, got 80"),
+        ("yolo26n-seg.yaml", "teacher: expected a model of the task 'detect', got one of 'segment'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_tokens(teacher, yolo / "data.yaml", project=str(yolo / "runs"), device="cpu")
 
 
 # ---- torchdistill ------------------------------------------------------------------------------

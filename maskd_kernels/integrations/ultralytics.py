@@ -375,11 +375,14 @@ def train_tokens(
         The tokens' file, for ``trainer(..., tokens=...)``.
 
     Raises:
-        ValueError: no detector, or one of other classes than the data's.
+        ValueError: no detector of boxes alone, or one of other classes than the data's.
     """
-    run = DetectionTrainer(overrides={"model": "yolo26n.yaml", "name": "tokens", **arguments, "data": str(data)})
+    defaults = {"model": "yolo26n.yaml", "name": "tokens", "deterministic": False}
+    run = DetectionTrainer(overrides={**defaults, **arguments, "data": str(data)})
     model = _loaded(teacher, run.device)
     neck = _neck(model, "teacher")
+    if getattr(model, "task", "detect") != "detect":
+        raise ValueError(f"teacher: expected a model of the task 'detect', got one of {model.task!r}")
     if model.yaml["nc"] != run.data["nc"]:
         raise ValueError(f"teacher: expected one of {run.data['nc']} classes like the data's, got {model.yaml['nc']}")
     model.args, model.criterion = run.args, None
