@@ -31,6 +31,16 @@ else:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def with_statistics(model):
+    """In eval mode, with statistics of some noise: without, an untrained network's features vanish or explode."""
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.rand(8, 3, 64, 64))
+    return model.eval()
+
+
 # ---- Ultralytics -------------------------------------------------------------------------------
 
 
@@ -41,9 +51,11 @@ class StopHereError(Exception):
 @pytest.fixture(scope="module")
 def yolo(tmp_path_factory):
     """A folder with eight pictures of two classes, and an untrained teacher in a file."""
-    ultralytics = pytest.importorskip("ultralytics", reason="by `make test-models`")
+    pytest.importorskip("ultralytics", reason="by `make test-models`")
     import cv2
     import numpy as np
+    from ultralytics import YOLO
+    from ultralytics.nn.tasks import DetectionModel
 
     root, random = tmp_path_factory.mktemp("yolo"), np.random.default_rng(0)
     (root / "images").mkdir()
@@ -59,11 +71,11 @@ def yolo(tmp_path_factory):
         (root / f"labels/{i}.txt").write_text("\n".join(lines))
     (root / "data.yaml").write_text(f"path: {root}\ntrain: images\nval: images\nnames: {{0: a, 1: b}}\n")
     torch.manual_seed(0)
-    teacher = ultralytics.YOLO("yolo26s.yaml")
-    teacher.model = ultralytics.nn.tasks.DetectionModel("yolo26s.yaml", nc=2, verbose=False)
+    teacher = YOLO("yolo26s.yaml")
+    teacher.model = with_statistics(DetectionModel("yolo26s.yaml", nc=2, verbose=False))
     for head in (teacher.model.model[-1].cv3, teacher.model.model[-1].one2one_cv3):
         for level in head:  # scores that differ from pixel to pixel, and between the two heads
-            torch.nn.init.normal_(level[-1].weight)
+            torch.nn.init.normal_(level[-1].weight, std=0.1)
             torch.nn.init.zeros_(level[-1].bias)
     teacher.save(root / "teacher.pt")
     return root
@@ -114,9 +126,8 @@ def test_yolo_trains(yolo, method, tmp_path):
     assert "dis_loss" in seen["header"]
     assert {id(p) for p in seen["learning"]} <= seen["trained"]
     changed = {name for name, x in seen["after"].items() if not torch.equal(x, seen["before"][name])}
-    fixed = {"maskd": {f"losses.0.mask_modules.{i}.mask_token" for i in range(3)}}
-    fixed["amd"] = {"losses.0.align.2.bias"}  # of the coarsest level, 2x2 and flat, everything is masked
-    assert changed == seen["after"].keys() - fixed.get(method, set())
+    fixed = {name for name in seen["after"] if "mask_token" in name}
+    assert changed == seen["after"].keys() - fixed
     with open(yolo / f"runs/{method}/results.csv") as file:
         (row,) = csv.DictReader(file)
     assert float(row["train/dis_loss"]) > 0
@@ -162,8 +173,10 @@ def test_yolo_scores_are_its_own_loss(yolo):
         gradients = [dict(ours.named_parameters()), dict(plain.named_parameters())]
         gradients[1].update({f"distillation.0.{k}": p for k, p in theirs.projector.named_parameters()})
         assert gradients[0].keys() == gradients[1].keys()
+        largest = max(p.grad.norm() for p in gradients[0].values())  # some are zero but for rounding
         for name, p in gradients[0].items():
-            assert (p.grad - gradients[1][name].grad).norm() <= 1e-5 * p.grad.norm() + 1e-6, name
+            error = (p.grad - gradients[1][name].grad).norm()
+            assert error <= 1e-5 * p.grad.norm() + 1e-6 * largest, name
         raise StopHereError
 
     with pytest.raises(StopHereError):
@@ -182,6 +195,7 @@ def test_yolo_resumes_with_what_it_has_learned(yolo):
     with pytest.raises(StopHereError):
         train(yolo, "maskd", {"on_fit_epoch_end": crash}, options=options, epochs=3)
     last = yolo / "runs/maskd/weights/last.pt"
+    assert type(torch.load(last, weights_only=False)["ema"]).__module__ == "ultralytics.nn.tasks"
 
     def resumed(trainer):
         seen["epoch"], seen["after"] = trainer.start_epoch, copy.deepcopy(distillation(trainer))
@@ -380,15 +394,6 @@ def test_yolo_complaints(yolo):
 # ---- torchdistill ------------------------------------------------------------------------------
 
 CONFIGS = Path(__file__).parent.parent / "examples/torchdistill"
-
-
-def with_statistics(model):
-    """In eval mode, its batch norms' statistics those of some noise: an untrained network's features explode else."""
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.momentum = 1.0
-    model(torch.rand(8, 3, 64, 64))
-    return model.eval()
 
 
 def torchdistill_box(name, change=lambda config: None):
