@@ -82,3 +82,18 @@ def test_registers_are_the_recorded_ones(compiled):
     changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
     assert not changed, f"recorded, now: {changed}; if meant: python tests/compile_triton.py --record"
     assert found.keys() == recorded["registers"].keys()
+
+
+def test_counts_are_the_committed_ones(compiled):
+    """The figures that docs/benchmarks.md shows and predicts times from, of float32 and bfloat16 on sm_90."""
+    committed = json.loads((SCRIPT.parent.parent / "bench" / "results" / "static.json").read_text())
+    if committed["triton"] != triton.__version__:
+        pytest.skip(f"counted with triton {committed['triton']}, this is {triton.__version__}")
+    assert {name.rsplit(" ", 3)[0] for name in compiled["counts"]} == set(KERNELS)
+    changed = {}
+    for name, found in compiled["counts"].items():
+        before = committed["kernels"].get(name, {})
+        differing = {k: (before.get(k), v) for k, v in found.items() if k != "predicted" and before.get(k) != v}
+        if differing:
+            changed[name] = differing
+    assert not changed, f"committed, now: {changed}; if meant: python -m bench.static --json bench/results/static.json"

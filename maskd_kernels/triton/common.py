@@ -99,6 +99,12 @@ def aligned(value, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def condition(value):
+    """A scalar that may be joined with masks: of a bare comparison, Triton 3.9's interpreter makes integers there."""
+    return tl.full([], 1, tl.int1) & value
+
+
+@triton.jit
 def feature_offsets(n, c, p, stride_n, stride, INTERLEAVED: tl.constexpr):
     """[BLOCK_C, BLOCK_P] offsets into a feature; ``stride`` is that of the axis that is not dense."""
     if INTERLEAVED:

@@ -28,6 +28,7 @@ from maskd_kernels.triton.common import (
     aligned,
     as_levels,
     channel_alignment,
+    condition,
     encode,
     feature_offsets,
     integer,
@@ -51,7 +52,7 @@ PRECISION = tl.constexpr("tf32x3")
 def tap_windows(p, pixels, width, ROWS: tl.constexpr):
     """[ROWS, BLOCK_P] float: row 3i + j is 1 where tap (i, j) reads a pixel (reference.tap_windows), else 0."""
     i, j = tl.arange(0, ROWS)[:, None] // 3, tl.arange(0, ROWS)[:, None] % 3
-    x, image = p % tl.maximum(width, 1), width > 0
+    x, image = p % tl.maximum(width, 1), condition(width > 0)
     first_row, last_row = image & (p < width), image & (p >= pixels - width)
     first_column, last_column = image & (x == 0), image & (x == width - 1)
     read = (p < pixels)[None, :] & (i < 3)
@@ -64,7 +65,7 @@ def tap_windows(p, pixels, width, ROWS: tl.constexpr):
 def is_edge(tile, pixels, width, BLOCK_P: tl.constexpr):
     """Whether a level's tile touches the image's first or last row. In others every tap reads all rows: of nine sums
     only the middle three, which differ by columns, are written and read back."""
-    return (tile * BLOCK_P < width) | ((tile + 1) * BLOCK_P > pixels - width)
+    return condition((tile * BLOCK_P < width) | ((tile + 1) * BLOCK_P > pixels - width))
 
 
 @triton.jit
