@@ -24,6 +24,7 @@ from maskd_kernels import triton as kernels
 from maskd_kernels.ops.attention_stats import attention_stats
 from maskd_kernels.ops.scale_pixels import scale_pixels
 from maskd_kernels.ops.squared_error import squared_error
+from maskd_kernels.triton import launch
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = ("float32", "float16", "bfloat16")
@@ -236,6 +237,7 @@ def compile_kernels(
         function.run = lambda *_, **__: None
     try:
         for scenario in scenarios:
+            launch.forget()
             for function in functions.values():
                 function.device_caches.clear()
             launched: dict[str, dict[str, Launched]] = {}
