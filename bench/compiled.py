@@ -134,9 +134,17 @@ class Driver:
         return launch
 
 
+def compile_anew() -> None:
+    """Forgets what was compiled in this process: a kernel keeps the driver that it was first launched by."""
+    launch.forget()
+    for function in jit_functions().values():
+        function.device_caches.clear()
+
+
 def install(architecture: int) -> Driver:
     """Makes the stand-in Triton's driver, for this process."""
     backends.why_no_triton = lambda device_type: None
+    compile_anew()
     stand_in = Driver(architecture)
     driver.set_active(stand_in)
     return stand_in
@@ -237,9 +245,7 @@ def compile_kernels(
         function.run = lambda *_, **__: None
     try:
         for scenario in scenarios:
-            launch.forget()
-            for function in functions.values():
-                function.device_caches.clear()
+            compile_anew()
             launched: dict[str, dict[str, Launched]] = {}
             with use_backend("triton"):
                 prepare = functools.partial((SCENARIOS | TOKEN_SCENARIOS)[scenario], getattr(torch, dtype))

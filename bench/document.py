@@ -26,12 +26,12 @@ STEP = [
     "![Training steps](benchmarks/end_to_end.png)",
 ]
 STATIC_ABOUT = [
-    "No GPU was there: `python -m bench.static --json bench/results/static.json` compiles the kernels for GPUs that are",
-    "not there, with Triton {triton}, and counts the machine code. Instructions of a warp's lane per element of a feature",
-    "map, or per pair where two maps are read, in the loop over channels: where rows are whole vectors, in brackets",
-    "where not. Barriers and shuffles of a step; warps that fit an SM, and what their loads then have under way. Six",
-    "tokens where nothing else is said; `tokens`: they and the teacher are trained as well. On sm_90; the file has the",
-    "other architectures, float16 and the classes of instructions.",
+    "No GPU was there: `python -m bench.static --json bench/results/static.json` compiles the kernels for GPUs that",
+    "are not there, with Triton {triton}, and counts the machine code. Instructions of a warp's lane per element of a",
+    "feature map, or per pair where two maps are read, in the loop over channels: where rows are whole vectors, in",
+    "brackets where not. Barriers and shuffles of a step; warps that fit an SM, and what their loads then have under",
+    "way. Six tokens where nothing else is said; `tokens`: they and the teacher are trained as well. On sm_90; the",
+    "file has the other architectures, float16 and the classes of instructions.",
 ]
 PREDICTED = [
     "Microseconds, **predicted from compiled code, not measured**: the largest of three terms, which is named. Memory:",

@@ -34,6 +34,7 @@ from bench.static import describe
 from maskd_kernels import use_backend
 
 COUNTED = [(90, "float32"), (90, "bfloat16")]  # of these every kernel's machine code is counted
+HOSTED = ["loss", "scale", "error", "attention"]  # whose work on the host is counted
 REGISTERS = Path(__file__).parent / "triton_registers.json"
 OTHER_LEVELS = ((5, 5), (16, 16), (8, 10), (1, 1), (40, 40))
 # PyTorch's operations that launch nothing on a GPU.
@@ -91,6 +92,21 @@ def launches_of_a_pyramid():
     return [*driver.launches, *others]
 
 
+def calls_of_the_host():
+    """Calls of Python functions in a call of each scenario, forward and backward, that is not the first."""
+    install(90).launcher_cls = lambda source, metadata: lambda *arguments: None
+    counts = {}
+    for name in HOSTED:
+        run, calls = SCENARIOS[name](torch.bfloat16, False), []
+        with use_backend("triton"):
+            run()
+            sys.setprofile(lambda frame, event, _, calls=calls: calls.append(event))
+            run()
+            sys.setprofile(None)
+        counts[name] = calls.count("call")
+    return counts
+
+
 def main():
     jobs = list(itertools.product(ARCHITECTURES, DTYPES, LAYOUTS))
     context = multiprocessing.get_context("spawn")
@@ -99,12 +115,13 @@ def main():
         for kernels, counted in pool.map(compile_all, *zip(*jobs, strict=True)):
             results |= kernels
             counts |= counted
-        launches, anew = pool.submit(launches_of_a_pyramid).result(), pool.submit(compiled_anew).result()
+        functions = launches_of_a_pyramid, compiled_anew, calls_of_the_host
+        launches, anew, calls = (pool.submit(function).result() for function in functions)
     if "--record" in sys.argv:
         content = {"triton": triton.__version__, "registers": {k: v["registers"] for k, v in results.items()}}
         REGISTERS.write_text(json.dumps(content, indent=1) + "\n")
     else:
-        output = {"kernels": results, "counts": counts, "launches": launches, "compiled_anew": anew}
+        output = {"kernels": results, "counts": counts, "launches": launches, "compiled_anew": anew, "calls": calls}
         json.dump(output, sys.stdout)
 
 
