@@ -114,7 +114,9 @@ class Driver:
         self.launched: dict[str, Launched] = {}  # the last of each name
         limits = {"max_shared_mem": 1 << 30, "multiprocessor_count": {80: 108, 90: 132, 100: 148}[architecture]}
         self.utils = SimpleNamespace(
-            get_device_properties=lambda device: limits, load_binary=lambda *_: (object(), 0, 0, 0, 1024)
+            get_device_properties=lambda device: limits,
+            load_binary=lambda *_: (object(), 0, 0, 0, 1024),
+            unload_module=lambda module: None,
         )
 
     def get_current_target(self) -> GPUTarget:

@@ -169,6 +169,12 @@ def loops(code: Sequence[Instruction | str]) -> list[list[Instruction]]:
     return [[x for i in sorted(body) for x in blocks[i]] for body in sorted(innermost, key=min)]
 
 
+def width(body: Sequence[Instruction]) -> float:
+    """Bytes of a load of global memory, on average."""
+    loads = [x.load_bytes for x in body if x.load_bytes]
+    return sum(loads) / len(loads)
+
+
 def tiles(ttgir: str, reads: int, item_bytes: int) -> list[int]:
     """Elements of each map that a step of each loop over features reads, all lanes together, in the code's order."""
     found: list[Counter[tuple[int, ...]]] = []
@@ -249,9 +255,10 @@ def count(kernel: Any, reads: int, item_bytes: int) -> Code:
     used = resources(kernel.asm["cubin"])
     warps = kernel.metadata.num_warps
     code = disassemble(kernel.asm["cubin"])
-    bodies = loops(code) if reads else []
+    # Triton's own code has the loop for whole vectors first; what compilers make of it need not.
+    bodies = sorted(loops(code), key=width, reverse=True) if reads else []
     sizes = tiles(kernel.asm["ttgir"], reads, item_bytes) if reads else []
-    written = loops(parse_ptx(kernel.asm["ptx"])) if reads else []
+    written = sorted(loops(parse_ptx(kernel.asm["ptx"])), key=width, reverse=True) if reads else []
     if not len(bodies) == len(sizes) == len(written):
         found = f"{len(sizes)} in Triton's code, {len(written)} in PTX, {len(bodies)} in machine code"
         raise ValueError(f"{kernel.name}: expected the same loops over features everywhere, got {found}")
