@@ -25,7 +25,10 @@ def describe(compiled: Any) -> dict[str, Any]:
     from bench.sass import count
 
     walk = WALKS[f"{compiled.scenario} {compiled.name}"]
-    code = count(compiled.kernel, walk.reads, itemsize(compiled))
+    try:
+        code = count(compiled.kernel, walk.reads, itemsize(compiled))
+    except ValueError as error:
+        raise ValueError(f"{compiled.key}: {error}") from error
     warps = resident_warps(compiled.architecture, code.registers, code.shared_bytes, code.warps)
     names = ("wide", "narrow") if len(code.loops) > 1 else ("wide",)
     return {

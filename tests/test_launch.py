@@ -1,6 +1,8 @@
 """Recalled launchers, with kernels that only note what they are given."""
 
+import contextlib
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,6 +161,16 @@ def test_keeps_the_latest_calls(monkeypatch):
     for size, runs in [(3, 1), (4, 2), (5, 3), (4, 3), (5, 3), (3, 4)]:
         recorded.call(*tensors(size), 5)
         assert recorded.runs == runs
+
+
+def test_goes_to_the_device_of_the_tensor(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext())
+    for name in ("cpu", "cuda:1", "cuda:0"):
+        with launch.on_device_of(SimpleNamespace(device=torch.device(name))):
+            pass
+    assert entered == [torch.device("cuda:0")]
 
 
 def test_a_launcher_within_another_is_part_of_it():

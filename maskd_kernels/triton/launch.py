@@ -158,8 +158,9 @@ def _key(tensors: list[Any], counts: list[int], known: Any) -> Any:
     return known, tensors[0].device, shared, *counts, *described
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Has launches go to this device, whichever is the current one."""
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Has launches go to the tensor's device, whichever is the current one."""
+    device = x.device
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
@@ -184,7 +185,7 @@ def recalled(launcher: Callable[..., Any]) -> Callable[..., Any]:
         tensors, counts = _flat(arguments)
         key = _key(tensors, counts, known)
         noted = calls.get(key)
-        with _on(tensors[0].device):
+        with on_device_of(tensors[0]):
             if noted is None:
                 return _first(launcher, arguments, tensors, calls, key)
             steps, result = noted
