@@ -162,10 +162,10 @@ def loops(code: Sequence[Instruction | str]) -> list[list[Instruction]]:
             if head <= i and i in (inside := reach(head, after)):
                 body = {head} if head == i else (inside & reach(i, before, never=head)) | {head}
                 bodies[head] = bodies.get(head, set()) | body
-    reading = {
-        head: body for head, body in bodies.items() if any(x.load_bytes for block in body for x in blocks[block])
-    }
-    innermost = [b for h, b in reading.items() if not any(g != h and other < b for g, other in reading.items())]
+    # Code that branches back into a loop beside its head is the same loop.
+    found = {frozenset(body) for body in bodies.values()}
+    reading = [body for body in found if any(x.load_bytes for block in body for x in blocks[block])]
+    innermost = [body for body in reading if not any(other < body for other in reading)]
     return [[x for i in sorted(body) for x in blocks[i]] for body in sorted(innermost, key=min)]
 
 
