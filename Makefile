@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo study test test-models fuzz sanitize aarch64 bench gpu docs lint format clean help
+.PHONY: demo study test test-models matrix fuzz sanitize aarch64 bench gpu docs lint format clean help
 
 help:
 	@echo "make demo   distil a segmenter by every method, start to end (about 10 minutes on two cores)"
 	@echo "make study  what masks add to distilling a detector, five seeds (up to three hours on two cores; resumes)"
 	@echo "make test   all tests (GPU tests only where there is a GPU)"
 	@echo "make test-models  models of transformers, timm, Lightning, Ultralytics, torchdistill, in their own environment"
+	@echo "make matrix  kernel tests with the oldest, the pinned and the newest torch and triton, each in an environment of its own"
 	@echo "make fuzz   random calls against the reference in float64 (SEED, CASES)"
 	@echo "make sanitize  fuzzer and kernel tests with AddressSanitizer and UndefinedBehaviorSanitizer in the C++ kernels"
 	@echo "make aarch64  the C++ kernels cross-compiled and checked in an emulator (Debian: g++-aarch64-linux-gnu qemu-user)"
@@ -45,6 +46,10 @@ test-models:
 		--editable ".[test]" $(MODELS)
 	YOLO_CONFIG_DIR=$(abspath build) YOLO_OFFLINE=true $(MODELS_VENV)/bin/python -m pytest \
 		tests/test_models.py tests/test_integrations.py tests/test_documentation.py
+
+# Five gigabytes and some minutes each; removed afterwards. Beside the native kernels of .venv.
+matrix: $(INSTALLED)
+	$(BIN)/python tests/matrix.py
 
 SEED ?= 0
 CASES ?= 3000

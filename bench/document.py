@@ -16,12 +16,27 @@ README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "benchmarks.md"
 DEMO = ROOT / "docs" / "demo" / "results.md"
 RESULTS = ROOT / "bench" / "results"
+STATIC = RESULTS / "static.json"
 SMALL = 2 << 20  # bytes of a map: a second-level cache
 STEP = [
     "torchvision's models with random weights, forward and backward without the optimizer, the student in float32.",
     "Share: what is added to the step without distillation, of the whole step. Teacher and loss are measured by",
     "themselves, in the same rounds. A prepared teacher: batch norms folded, channels-last.",
     "",
+]
+STATIC_ABOUT = [
+    "No GPU was there: `python -m bench.static --json bench/results/static.json` compiles the kernels for GPUs that",
+    "are not there, with Triton {triton}, and counts the machine code. Instructions of a warp's lane per element of a",
+    "feature map, or per pair where two maps are read, in the loop over channels: where rows are whole vectors, in",
+    "brackets where not. Barriers and shuffles of a step; warps that fit an SM, and what their loads then have under",
+    "way. Six tokens where nothing else is said; `tokens`: they and the teacher are trained as well. On sm_90; the",
+    "file has the other architectures, float16 and the classes of instructions.",
+]
+PREDICTED = [
+    "Microseconds, **predicted from compiled code, not measured**: the largest of three terms, which is named. Memory:",
+    "every byte once, at peak bandwidth. Issue: instructions over issue slots. Latency: bytes over those under way, by",
+    "Little's law. Formulas, peak figures and what is left out: `bench/model.py`. C=256, each kernel by itself,",
+    "nothing in the L2 cache, without the launch.",
 ]
 OURS = ("auto", "triton", "native")
 COMPETITORS = {
@@ -170,6 +185,41 @@ def step_table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _kernels(content: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Of float32 and bfloat16: each kernel's entries, by architecture."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for key, entry in content["kernels"].items():
+        name, architecture = key.rsplit(" ", 1)
+        if not name.endswith("float16") or name.endswith("bfloat16"):
+            found.setdefault(name, {})[architecture] = entry
+    return found
+
+
+def static_section(content: dict[str, Any]) -> list[str]:
+    """What the Triton kernels are made of, and the times predicted from it."""
+    lines = ["", "## Triton kernels, predicted from compiled code, not measured", ""]
+    lines += [line.format(triton=content["triton"]) for line in STATIC_ABOUT]
+    head = ["kernel", "instructions", "barriers", "shuffles", "registers", "warps", "KiB under way"]
+    lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    kernels = _kernels(content)
+    for name, of in kernels.items():
+        entry = of["sm_90"]
+        wide = entry["wide"]
+        narrow = f" ({entry['narrow']['per_element']:.1f})" if "narrow" in entry else ""
+        cells = [name, f"{wide['per_element']:.1f}{narrow}", wide["barriers"], wide["shuffles"], entry["registers"]]
+        cells += [entry["resident_warps"], f"{wide['bytes_in_flight'] / 1024:.0f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", *PREDICTED]
+    gpus = content["gpus"]
+    for workload in next(iter(content["kernels"].values()))["predicted"]:
+        lines += ["", f"{workload}:", "", "| kernel | " + " | ".join(gpus) + " |", "|" + "---|" * (1 + len(gpus))]
+        for name, of in kernels.items():
+            times = [of[f"sm_{gpu['architecture']}"]["predicted"][workload][label] for label, gpu in gpus.items()]
+            cells = [f"{t[t['binding'] + '_us']:.0f}, {t['binding']}" for t in times]
+            lines.append("| " + " | ".join([name, *cells]) + " |")
+    return lines
+
+
 def page() -> str:
     """docs/benchmarks.md."""
     lines = [
@@ -229,6 +279,7 @@ def page() -> str:
         lines.append(f"![Training steps](benchmarks/end_to_end-{path.parent.name}.png)")
         for model in content["models"]:
             lines += ["", f"### {model['title']}", "", *step_table(model["rows"])]
+    lines += static_section(json.loads(STATIC.read_text()))
     return "\n".join(lines) + "\n"
 
 
