@@ -22,6 +22,7 @@ import torch
 from detection_data import Boxes, collate
 from detectors import BOX_REGRESSION, DETECTORS, build, inherit
 from generated import write_digits
+from remembered import Remembered
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -36,6 +37,7 @@ MGD_RECIPES = {"retinanet": "detection_one_stage", "fcos": "detection_one_stage"
 
 # What is not given on the command line: for the generated set, and for everything else, after the papers.
 SMALL = {
+    "detector": "fcos",  # its heads are normalised: from scratch it learns several times as fast as RetinaNet
     "teacher_backbone": "resnet18",
     "student_backbone": "mobilenet_v3_small",
     "channels": 64,
@@ -47,11 +49,12 @@ SMALL = {
     "optimizer": "adamw",
     "batch": 8,
     "lr": {"teacher": 2e-3, "tokens": 1e-2, "distil": 4e-3},
-    "epochs": {"teacher": 7, "tokens": 1, "distil": 1},
+    "epochs": {"teacher": 10, "tokens": 2, "distil": 2},
     "milestones": {"teacher": (), "tokens": (), "distil": ()},
     "align": False,
 }
 PAPERS = {
+    "detector": "retinanet",
     "teacher_backbone": "resnet101",
     "student_backbone": "resnet50",
     "channels": 256,
@@ -90,9 +93,10 @@ def distillation_loss(args: argparse.Namespace, architecture: dict[str, Any]) ->
     if args.method == "mse":
         return FeatureMSE()
     if args.method == "mgd":
-        return MGDLoss(channels, channels, **MGD_PRESETS[MGD_RECIPES[detector]])
+        preset = dict(MGD_PRESETS[MGD_RECIPES[detector]])
+        return MGDLoss(channels, channels, **preset | ({"lambda_mgd": args.masked} if args.masked is not None else {}))
     if args.method == "amd":
-        return AMDLoss(channels, channels)
+        return AMDLoss(channels, channels, threshold=args.salient)
     warmup = MASKD_RECIPES[detector][1] if args.warmup is None else args.warmup
     return MasKDLoss(
         channels,
@@ -218,8 +222,12 @@ def distil(args: argparse.Namespace, device: torch.device) -> None:
     taps = make_taps(args, architecture)
     module: nn.Module | None = None
     if taps:
-        images, _ = to(collate([data[0]]), device)
-        module = Distiller(student, teacher, taps, example_inputs=(images,)).to(device).train()
+        inputs = to(collate([data[0]]), device)
+        if args.remember:
+            if len(taps) > 1:
+                raise ValueError("--remember: expected --box-weight 0, as pyramids alone are remembered")
+            teacher = Remembered(teacher, data, args.teacher.with_name("pyramids.pth"), device)
+        module = Distiller(student, teacher, taps, example_inputs=inputs).to(device).train()
         parameters = module.trainable_parameters()
     else:
         parameters = list(student.parameters())
@@ -355,7 +363,7 @@ def parser() -> argparse.ArgumentParser:
             continue
         common.training_arguments(sub)
         if name == "teacher":
-            sub.add_argument("--detector", choices=DETECTORS, default="retinanet")
+            sub.add_argument("--detector", choices=DETECTORS)
             sub.add_argument("--teacher-backbone")
             sub.add_argument("--channels", type=int, help="of the pyramid")
             sub.add_argument("--levels", type=int, help="of the pyramid")
@@ -378,8 +386,15 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--warmup", type=int, help="steps before masks are customised (default: as released); -1: never"
             )
+            sub.add_argument("--masked", type=float, help="MGD: share of the pixels (default: as released)")
+            sub.add_argument(
+                "--salient", type=float, default=1.0, help="AMD: attention from which on pixels are masked"
+            )
             sub.add_argument("--student-backbone")
             sub.add_argument("--align", action=argparse.BooleanOptionalAction, help="a 1x1 convolution per level")
+            sub.add_argument(
+                "--remember", action="store_true", help="the teacher's pyramids are computed once; nothing may mirror"
+            )
             sub.add_argument("--inherit", action=argparse.BooleanOptionalAction, default=True, help="neck and head")
     return main
 

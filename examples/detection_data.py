@@ -25,8 +25,8 @@ Sample = tuple[Tensor, dict[str, Tensor]]
 
 
 class Boxes(Dataset[Sample]):
-    """Pictures ``[3, H, W]`` in 0..1, and targets: ``boxes [n, 4]`` (left, top, right, bottom, in pixels), and
-    ``labels [n]`` from 1 on.
+    """Pictures ``[3, H, W]`` in 0..1, and targets: ``boxes [n, 4]`` (left, top, right, bottom, in pixels),
+    ``labels [n]`` from 1 on, and ``image_id``, the picture's number.
 
     Args:
         root: a COCO-format folder (``annotations/instances_<split>.json`` or ``instances_<split><year>.json``, pictures
@@ -88,7 +88,8 @@ class Boxes(Dataset[Sample]):
             boxes[:, [0, 2]] = image.shape[2] - boxes[:, [2, 0]]
         # Detectors refuse boxes without an area.
         real = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        return image, {"boxes": boxes[real], "labels": torch.tensor(classes, dtype=torch.int64)[real]}
+        labels = torch.tensor(classes, dtype=torch.int64)[real]
+        return image, {"boxes": boxes[real], "labels": labels, "image_id": torch.tensor(index)}
 
 
 def collate(samples: Sequence[Sample]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:

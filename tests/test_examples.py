@@ -351,19 +351,31 @@ def test_two_processes_measure_what_one_does(voc: Path, tmp_path: Path) -> None:
 
 
 def test_study_chooses_inside_of_what_it_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = study.Study(tmp_path, epochs=1, jobs=2, device=None)
-    monkeypatch.setattr(runs, "student", lambda variant, weight, seed: (weight, seed))
-    for best, tried in ((1.0, [0.25, 1, 4]), (64.0, [0.25, 1, 4, 16, 64, 256]), (1 / 16, [1 / 64, 1 / 16, 0.25, 1, 4])):
-        seeds = []
+    """Weights beside the best one are tried, on validation pictures and with a seed that nothing else has."""
+    first = {variant: weight for variant, (_, _, weight) in study.VARIANTS.items()}
+    steps = {"mse": 0, "maskd": -2, "maskd_weighted": 9, "mgd": 2, "amd": -1}  # from the first weight to the best
+    seen = []
 
-        def scored(student: tuple[float, int], split: str, best: float = best, seeds: list = seeds) -> dict[str, float]:
-            weight, seed = student
-            seeds.append((seed, split))
-            return {"mAP": -abs(np.log(weight / best))}
+    def scored(student: tuple[str, float, int], split: str) -> dict[str, float]:
+        variant, weight, seed = student
+        seen.append((seed, split))
+        return {"mAP": -abs(np.log(weight / first[variant]) - steps[variant] * np.log(study.STEP))}
 
+    with study.Study(tmp_path, epochs=1, jobs=2, device=None) as runs:
+        monkeypatch.setattr(runs, "student", lambda variant, weight, seed: (variant, weight, seed))
         monkeypatch.setattr(runs, "scored", scored)
-        assert list(runs.trials("mse")) == tried
-        assert set(seeds) == {(study.TRIAL_SEED, "val")}
+        trials = runs.trials()
+    tried = {
+        variant: [round(np.log(w / first[variant]) / np.log(study.STEP)) for w in trials[variant]] for variant in trials
+    }
+    assert tried == {
+        "mse": [-1, 0, 1],
+        "maskd": [-3, -2, -1, 0, 1],
+        "maskd_weighted": [-1, 0, 1, 2, 3],  # five at most
+        "mgd": [-1, 0, 1, 2, 3],
+        "amd": [-2, -1, 0, 1],
+    }
+    assert set(seen) == {(study.TRIAL_SEED, "val")} and study.TRIAL_SEED not in range(100)
 
 
 def test_study_takes_differences_in_pairs() -> None:
