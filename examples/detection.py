@@ -19,7 +19,7 @@ from typing import Any
 
 import common
 import torch
-from detection_data import Boxes, collate
+from detection_data import Boxes, coco_package, collate
 from detectors import BOX_REGRESSION, DETECTORS, build, inherit
 from generated import write_digits
 from remembered import Remembered
@@ -292,7 +292,7 @@ def mean_average_precision(
         found = model([image.to(device) for image in images])
         pairs += zip([{k: v.cpu() for k, v in f.items()} for f in found], targets, strict=True)
     # Gathered here: torchmetrics gathers tensor by tensor, and fails where processes have unequal shares.
-    metric = MeanAveragePrecision(backend="pycocotools", sync_on_compute=False)
+    metric = MeanAveragePrecision(backend=coco_package(), sync_on_compute=False)
     metric.warn_on_many_detections = False
     for f, t in common.gathered(pairs):
         metric.update([{**f, "boxes": f["boxes"] * scale}], [{**t, "boxes": t["boxes"] * scale}])

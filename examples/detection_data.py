@@ -24,6 +24,24 @@ VOC_CLASSES = [
 Sample = tuple[Tensor, dict[str, Tensor]]
 
 
+def coco_package() -> str:
+    """Which package there is for COCO's format: ``pycocotools`` or ``faster_coco_eval``, which then stands in for it.
+
+    Raises:
+        ImportError: neither.
+    """
+    try:
+        import pycocotools
+    except ImportError:
+        try:
+            from faster_coco_eval import init_as_pycocotools
+        except ImportError:
+            raise ImportError("COCO's format and mAP need pip install pycocotools (or faster-coco-eval)") from None
+        init_as_pycocotools()  # torchvision asks for pycocotools by name
+        import pycocotools
+    return str(pycocotools.__name__)
+
+
 class Boxes(Dataset[Sample]):
     """Pictures ``[3, H, W]`` in 0..1, and targets: ``boxes [n, 4]`` (left, top, right, bottom, in pixels),
     ``labels [n]`` from 1 on, and ``image_id``, the picture's number.
@@ -47,6 +65,7 @@ class Boxes(Dataset[Sample]):
             name = annotations[-1].stem.removeprefix("instances_")
             if not (root / name).is_dir():
                 raise FileNotFoundError(f"{root}: found {annotations[-1].name}, but no folder {name} with its pictures")
+            coco_package()
             with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
                 self.data: Any = CocoDetection(str(root / name), str(annotations[-1]))
             categories = self.data.coco.loadCats(sorted(self.data.coco.getCatIds()))
