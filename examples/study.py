@@ -23,9 +23,9 @@ from typing import Any
 import detection
 import torch
 from detection_data import Boxes
-from torch import Tensor, nn
+from study_report import NAMES, document, draw_differences, measure, paired, pyramid, scores, token_quality
 
-from maskd_kernels import MasKDLoss, dice_diversity, plot_masks
+from maskd_kernels import MasKDLoss, plot_masks
 
 HERE = Path(__file__).parent
 TRIAL_SEED = 1000  # chooses loss weights, and nothing else
@@ -33,15 +33,14 @@ SCALE = 2.0  # of the boxes, for COCO's sizes: small is below 16 pixels, medium 
 STEP = 4.0  # between the loss weights that are tried
 MOST_TRIALS = 5
 
-VARIANTS: dict[str, tuple[str, list[str], float]] = {
-    # what it is called, how detection.py is told, the first loss weight tried (and one STEP to either side of it)
-    "mse": ("feature MSE", ["--method", "mse"], 0.25),
-    "maskd": ("MasKD", ["--method", "maskd", "--no-weight-mask", "--warmup", "-1"], 0.25),
-    "maskd_weighted": ("MasKD, weighted masks", ["--method", "maskd", "--warmup", "-1"], 0.25),
-    "mgd": ("MGD", ["--method", "mgd", "--masked", "0.3"], 1.0),
-    "amd": ("AMD", ["--method", "amd", "--salient", "1.5"], 1.0),
+VARIANTS: dict[str, tuple[list[str], float]] = {
+    # how detection.py is told, and the first loss weight tried (with one STEP to either side of it)
+    "mse": (["--method", "mse"], 0.25),
+    "maskd": (["--method", "maskd", "--no-weight-mask", "--warmup", "-1"], 0.25),
+    "maskd_weighted": (["--method", "maskd", "--warmup", "-1"], 0.25),
+    "mgd": (["--method", "mgd", "--masked", "0.3"], 1.0),
+    "amd": (["--method", "amd", "--salient", "1.5"], 1.0),
 }
-NAMES = {"none": "student alone", **{key: name for key, (name, _, _) in VARIANTS.items()}}
 
 
 def command(arguments: list[str], log: Path, threads: int) -> None:
@@ -99,7 +98,7 @@ class Study:
         """A student's checkpoint."""
         arguments = ["--method", "none"]
         if variant != "none":
-            arguments = [*VARIANTS[variant][1], "--weight", f"{weight:g}", "--remember"]
+            arguments = [*VARIANTS[variant][0], "--weight", f"{weight:g}", "--remember"]
         if variant.startswith("maskd"):
             arguments += ["--tokens", str(self.tokens(variant == "maskd_weighted"))]
         arguments += ["--epochs", str(self.epochs), "--seed", str(seed)]
@@ -117,7 +116,7 @@ class Study:
     def trials(self) -> dict[str, dict[float, float]]:
         """Each variant's validation mAP by loss weight; others are tried while the best is at an end of those tried."""
         found: dict[str, dict[float, float]] = {variant: {} for variant in VARIANTS}
-        due = [(variant, first * step) for variant, (_, _, first) in VARIANTS.items() for step in (1 / STEP, 1, STEP)]
+        due = [(variant, first * step) for variant, (_, first) in VARIANTS.items() for step in (1 / STEP, 1, STEP)]
 
         def trial(variant: str, weight: float) -> float:
             return self.scored(self.student(variant, weight, TRIAL_SEED), "val")["mAP"]
@@ -134,131 +133,6 @@ class Study:
                     due.append((variant, least / STEP if best == least else most * STEP))
                 print(f"{NAMES[variant]}: {', '.join(f'{w:g}: {m:.2f}' for w, m in tried.items())}", flush=True)
         return found
-
-
-def paired(method: list[float], other: list[float]) -> dict[str, float]:
-    """Mean of the paired differences and its 95 % bootstrap interval over the seeds."""
-    import numpy as np
-    from scipy.stats import bootstrap
-
-    differences = np.asarray(method) - np.asarray(other)
-    interval = bootstrap((differences,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0))
-    low, high = interval.confidence_interval
-    return {"mean": float(differences.mean()), "low": float(low), "high": float(high)}
-
-
-def inside_boxes(target: dict[str, Tensor], size: tuple[int, int], shape: tuple[int, int]) -> Tensor:
-    """Which pixels of a level ``[h, w]`` have their centre in a box, of a picture of ``size``."""
-    inside = torch.zeros(shape, dtype=torch.bool)
-    ys, xs = ((torch.arange(n) + 0.5) * extent / n for n, extent in zip(shape, size, strict=True))
-    for left, top, right, bottom in target["boxes"].tolist():
-        inside |= ((ys >= top) & (ys < bottom))[:, None] & ((xs >= left) & (xs < right))[None]
-    return inside
-
-
-def pyramid(model: nn.Module, image: Tensor) -> list[Tensor]:
-    """The features ``[1, C, h, w]`` of a detector for one picture, finest first."""
-    with torch.no_grad():
-        return list(model.backbone(model.transform([image])[0].tensors).values())
-
-
-@torch.no_grad()
-def measure(
-    teacher: nn.Module, student: nn.Module, loss: MasKDLoss, data: Boxes, count: int = 200
-) -> list[dict[str, Any]]:
-    """What the masks look like, level by level, on the first pictures of ``data``.
-
-    Returns:
-        For each level the mean of the masks on objects and on background, of each token and of all as the loss combines
-        them; the mean Dice coefficient between tokens; and the background's share of the pixels, of the squared error
-        between student and teacher, and of that error under the masks.
-    """
-    levels = []
-    for level, module in enumerate(loss.mask_modules):
-        inside, masks, combined, error = [], [], [], []
-        dice: list[float] = []
-        for i in range(min(count, len(data))):
-            image, target = data[i]
-            t, s = (pyramid(model, image)[level] for model in (teacher, student))
-            m = module.forward_mask(t)[0]  # [K, h, w]
-            weights = torch.full((len(m),), 1 / len(m))
-            if loss.weight_mask:
-                weights = module.forward_prob(t).flatten()
-            inside.append(inside_boxes(target, image.shape[1:], t.shape[2:]).flatten())
-            masks.append(m.flatten(1))
-            combined.append((weights[:, None, None] * m).sum(0).flatten())
-            under = (weights[:, None, None] * m.square()).sum(0)
-            error.append(((s - t)[0].square().sum(0) * torch.stack([torch.ones_like(under), under])).flatten(1))
-            dice.append(float(dice_diversity(m[None])))
-        on, mask, both, wrong = torch.cat(inside), torch.cat(masks, 1), torch.cat(combined), torch.cat(error, 1)
-        share = wrong[:, ~on].sum(1) / wrong.sum(1)
-        levels.append(
-            {
-                "tokens_objects": mask[:, on].mean(1).tolist(),
-                "tokens_background": mask[:, ~on].mean(1).tolist(),
-                "objects": float(both[on].mean()),
-                "background": float(both[~on].mean()),
-                "dice": sum(dice) / len(dice),
-                "background_pixels": float((~on).float().mean()),
-                "background_error": float(share[0]),
-                "background_masked_error": float(share[1]),
-            }
-        )
-    return levels
-
-
-def draw_differences(summary: dict[str, Any], path: Path) -> None:
-    """A PNG of the paired differences with their intervals."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    for axis, base in zip(figure.subplots(1, 2), ("none", "mse"), strict=True):
-        rows = summary["differences"][base]
-        for y, (variant, row) in enumerate(rows.items()):
-            axis.plot([row["low"], row["high"]], [y, y], color="tab:blue")
-            axis.plot(row["mean"], y, "o", color="tab:blue")
-            per_seed = [a - b for a, b in zip(summary["test"][variant], summary["test"][base], strict=True)]
-            axis.plot(per_seed, [y + 0.18] * len(per_seed), "|", color="tab:grey")
-        axis.set_yticks(range(len(rows)), [NAMES[variant] for variant in rows])
-        axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_xlabel(f"test mAP against {NAMES[base]}: mean, 95 % interval, seeds")
-        axis.invert_yaxis()
-    figure.savefig(path, dpi=140, format="png")
-
-
-def document(summary: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    seeds = len(summary["test"]["none"])
-    lines = [
-        f"| model | loss weight | test mAP, % ({seeds} seeds) | mAP50 | small | medium | against alone | against MSE |",
-        "|---|---|---|---|---|---|---|---|",
-        f"| teacher | | {summary['teacher']['mAP']:.2f} | {summary['teacher']['mAP50']:.2f} "
-        f"| {summary['teacher']['mAP small']:.2f} | {summary['teacher']['mAP medium']:.2f} | | |",
-    ]
-    for variant, values in summary["test"].items():
-        details = summary["details"][variant]
-        cells = [sum(d[key] for d in details) / len(details) for key in ("mAP50", "mAP small", "mAP medium")]
-        against = []
-        for base in ("none", "mse"):
-            row = summary["differences"][base].get(variant)
-            against.append(f"{row['mean']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]" if row else "")
-        weight = f"{summary['weights'][variant]:g}" if variant in VARIANTS else ""
-        lines.append(
-            f"| {NAMES[variant]} | {weight} | {sum(values) / len(values):.2f} | "
-            + " | ".join(f"{cell:.2f}" for cell in cells)
-            + f" | {against[0]} | {against[1]} |"
-        )
-    lines += [
-        "",
-        "| masks | level | mean on objects | on background | Dice | error on background | the same under the masks |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for variant, levels in summary["masks"].items():
-        for number, level in enumerate(levels):
-            shares = " | ".join(f"{100 * level[key]:.0f} %" for key in ("background_error", "background_masked_error"))
-            means = f"{level['objects']:.2f} | {level['background']:.2f} | {level['dice']:.2f}"
-            lines.append(f"| {NAMES[variant]} | {number} | {means} | {shares} |")
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -312,11 +186,16 @@ def main() -> None:
             base: {variant: paired(values, test[base]) for variant, values in test.items() if variant != base}
             for base in ("none", "mse")
         },
+        "tokens": {
+            variant: token_quality(teacher, path.with_name("last.pth"), data)
+            for variant, path in zip(kinds, paths, strict=True)
+        },
         "masks": {variant: measure(teacher, alone, loss, data) for variant, loss in losses.items()},
     }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
     (args.out / "results.md").write_text(document(summary))
+    (args.out / "short.md").write_text(scores(summary))
     draw_differences(summary, args.out / "differences.png")
     image = data[0][0]
     with torch.no_grad():

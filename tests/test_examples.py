@@ -25,8 +25,9 @@ import detection  # noqa: E402
 import detection_data  # noqa: E402
 import detectors  # noqa: E402
 import generated  # noqa: E402
-import remembered as remembered_teacher  # noqa: E402
+import remembered  # noqa: E402
 import study  # noqa: E402
+import study_report  # noqa: E402
 from PIL import Image  # noqa: E402
 
 # After --data, whose defaults are the papers'.
@@ -205,24 +206,29 @@ def test_classes_that_do_not_fit(trained: Path) -> None:
 
 
 def test_remembered_teacher_is_the_teacher(voc: Path, trained: Path, weights: Path, tmp_path: Path) -> None:
-    more = ("--weight", "3", "--box-weight", "0")
-    asked = distil(voc, trained, weights, tmp_path / "asked", "maskd", *more)
-    for _ in range(2):  # computed, then read
-        remembered = distil(voc, trained, weights, tmp_path / "remembered", "maskd", *more, "--remember")
-        for mine, its in zip(remembered["history"], asked["history"], strict=True):
-            assert mine == pytest.approx(its, rel=1e-4)
-    device = torch.device("cpu")
+    device, path = torch.device("cpu"), tmp_path / "pyramids.pth"
     teacher, _ = detection.load_detector(trained / "teacher" / "last.pth", device)
-    path = trained / "teacher" / "pyramids.pth"
     data = detection_data.Boxes(voc, "train")
-    kept = remembered_teacher.Remembered(teacher, data, path, device).levels["0"]
+    images, targets = detection_data.collate([data[i] for i in (4, 0, 3)])
     with torch.no_grad():
-        next(teacher.backbone.fpn.parameters()).mul_(2)
-    assert not torch.equal(remembered_teacher.Remembered(teacher, data, path, device).levels["0"], kept)
+        for factor in (1.0, 2.0):  # a teacher that has changed is asked again
+            next(teacher.backbone.fpn.parameters()).mul_(factor)
+            expected = teacher.backbone(teacher.transform(images)[0].tensors)
+            for _ in range(2):  # computed, then read
+                levels = remembered.Remembered(teacher, data, path, device)(images, targets)
+                assert levels.keys() == expected.keys()
+                for name, level in expected.items():
+                    torch.testing.assert_close(levels[name], level)
+                    spread = (level - level.flip(0)).abs().max()
+                    assert (levels[name] - level).abs().max() < spread / 100
+    more = ("--box-weight", "0", "--epochs", "1")
+    asked = distil(voc, trained, weights, tmp_path / "asked", "mse", *more)
+    learned = distil(voc, trained, weights, tmp_path / "learned", "mse", *more, "--remember")
+    assert learned["history"][0] == pytest.approx(asked["history"][0], rel=1e-4)
     with pytest.raises(ValueError, match="--remember: expected --no-flip"):
-        distil(voc, trained, weights, tmp_path / "flipped", "maskd", *more, "--remember", "--flip")
+        distil(voc, trained, weights, tmp_path / "flipped", "mse", *more, "--remember", "--flip")
     with pytest.raises(ValueError, match="--remember: expected --box-weight 0"):
-        distil(voc, trained, weights, tmp_path / "boxes", "maskd", "--box-weight", "1", "--remember")
+        distil(voc, trained, weights, tmp_path / "boxes", "mse", "--box-weight", "1", "--remember")
 
 
 def test_voc_boxes_and_their_mirror(voc: Path) -> None:
@@ -395,7 +401,7 @@ def test_two_processes_measure_what_one_does(voc: Path, tmp_path: Path) -> None:
 
 def test_study_chooses_inside_of_what_it_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights beside the best one are tried, on validation pictures and with a seed that nothing else has."""
-    first = {variant: weight for variant, (_, _, weight) in study.VARIANTS.items()}
+    first = {variant: weight for variant, (_, weight) in study.VARIANTS.items()}
     steps = {"mse": 0, "maskd": -2, "maskd_weighted": 9, "mgd": 2, "amd": -1}  # from the first weight to the best
     seen = []
 
@@ -424,8 +430,9 @@ def test_study_chooses_inside_of_what_it_tried(tmp_path: Path, monkeypatch: pyte
 
 def test_study_takes_differences_in_pairs() -> None:
     """The mean of 1, 1, 1, 2 drawn with replacement is 1 + k/4, k binomial: 1.75 is where 97.5 % are reached."""
-    row = study.paired([11.0, 21.0, 31.0, 42.0], [10.0, 20.0, 30.0, 40.0])
-    assert row == pytest.approx({"mean": 1.25, "low": 1.0, "high": 1.75})
+    row = study_report.paired([11.0, 21.0, 31.0, 42.0], [10.0, 20.0, 30.0, 40.0])
+    half = 3.1824463 * 0.5 / 2  # the quantile of t with three degrees of freedom, standard deviation by the root of 4
+    assert row == pytest.approx({"mean": 1.25, "low": 1, "high": 1.75, "t_low": 1.25 - half, "t_high": 1.25 + half})
 
 
 def test_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,7 +454,7 @@ def test_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_study_knows_objects_from_background() -> None:
     target = {"boxes": torch.tensor([[8.0, 16.0, 24.0, 32.0]])}
-    inside = study.inside_boxes(target, (32, 48), (4, 6))
+    inside = study_report.inside_boxes(target, (32, 48), (4, 6))
     expected = torch.zeros(4, 6, dtype=torch.bool)
     expected[2:4, 1:3] = True
     assert torch.equal(inside, expected)
@@ -464,12 +471,12 @@ def test_masks_measured_against_their_definition(weighted: bool, monkeypatch: py
 
     generator = torch.Generator().manual_seed(0)
     features = {(model, i): torch.randn(1, 4, 2, 2, generator=generator) for model in "ts" for i in (0, 1)}
-    monkeypatch.setattr(study, "pyramid", lambda model, image: [features[model, int(image[0, 0, 0])]])
-    loss = study.MasKDLoss(4, num_tokens=3, weight_mask=weighted)
+    monkeypatch.setattr(study_report, "pyramid", lambda model, image: [features[model, int(image[0, 0, 0])]])
+    loss = study_report.MasKDLoss(4, num_tokens=3, weight_mask=weighted)
     module = loss.mask_modules[0]
     with torch.no_grad():
         module.mask_token.normal_(0, 1, generator=generator)
-        (level,) = study.measure("t", "s", loss, Pictures())  # type: ignore[arg-type]
+        (level,) = study_report.measure("t", "s", loss, Pictures())  # type: ignore[arg-type]
         t = torch.cat([features["t", i] for i in (0, 1)])
         weights = module.forward_prob(t).reshape(2, 3) if weighted else torch.full((2, 3), 1 / 3)
         masks = torch.einsum("kc,nchw->nkhw", module.mask_token.reshape(3, 4), t).sigmoid()
