@@ -33,13 +33,13 @@ SCALE = 2.0  # of the boxes, for COCO's sizes: small is below 16 pixels, medium 
 STEP = 4.0  # between the loss weights that are tried
 MOST_TRIALS = 5
 
+# What detection.py is told, and the first loss weight tried, with one STEP to either side of it.
 VARIANTS: dict[str, tuple[list[str], float]] = {
-    # how detection.py is told, and the first loss weight tried (with one STEP to either side of it)
     "mse": (["--method", "mse"], 0.25),
-    "maskd": (["--method", "maskd", "--no-weight-mask", "--warmup", "-1"], 0.25),
-    "maskd_weighted": (["--method", "maskd", "--warmup", "-1"], 0.25),
-    "mgd": (["--method", "mgd", "--masked", "0.3"], 1.0),
-    "amd": (["--method", "amd", "--salient", "1.5"], 1.0),
+    "maskd": (["--method", "maskd"], 0.25),
+    "maskd_weighted": (["--method", "maskd", "--weight-mask"], 0.25),
+    "mgd": (["--method", "mgd"], 1.0),
+    "amd": (["--method", "amd"], 1.0),
 }
 
 
@@ -91,7 +91,7 @@ class Study:
     def tokens(self, weighted: bool) -> Path:
         """The file of learned tokens."""
         out = self.runs / f"tokens{'_weighted' * weighted}"
-        self.trained(out, "tokens", *([] if weighted else ["--no-weight-mask"]))
+        self.trained(out, "tokens", "--weight-mask" if weighted else "--no-weight-mask")
         return out / "tokens.pth"
 
     def student(self, variant: str, weight: float, seed: int) -> Path:

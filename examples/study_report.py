@@ -57,12 +57,13 @@ def measure(
 
     Returns:
         For each level the mean of the masks on objects and on background, of each token and of all as the loss combines
-        them; the mean Dice coefficient between tokens; and the background's share of the pixels, of the squared error
-        between student and teacher, and of that error under the masks.
+        them; the mean Dice coefficient between tokens; the background's share of the pixels, of the squared error
+        between student and teacher, and of that error as the loss weighs it; and how many times more a pixel on an
+        object weighs in the loss than one on background (in a plain squared error: once).
     """
     levels = []
     for level, module in enumerate(loss.mask_modules):
-        inside, masks, combined, error = [], [], [], []
+        inside, masks, combined, weight, error = [], [], [], [], []
         dice: list[float] = []
         for i in range(min(count, len(data))):
             image, target = data[i]
@@ -74,11 +75,14 @@ def measure(
             inside.append(inside_boxes(target, image.shape[1:], t.shape[2:]).flatten())
             masks.append(m.flatten(1))
             combined.append((weights[:, None, None] * m).sum(0).flatten())
-            under = (weights[:, None, None] * m.square()).sum(0)
-            error.append(((s - t)[0].square().sum(0) * torch.stack([torch.ones_like(under), under])).flatten(1))
+            share = weights / m.sum((1, 2)).clamp_min(torch.finfo(m.dtype).tiny)  # each mask's mass is divided by
+            pixel = (share[:, None, None] * m.square()).sum(0)
+            weight.append(pixel.flatten())
+            error.append(((s - t)[0].square().sum(0) * torch.stack([torch.ones_like(pixel), pixel])).flatten(1))
             dice.append(float(dice_diversity(m[None])))
         on, mask, both, wrong = torch.cat(inside), torch.cat(masks, 1), torch.cat(combined), torch.cat(error, 1)
-        share = wrong[:, ~on].sum(1) / wrong.sum(1)
+        pixels = torch.cat(weight)
+        background = wrong[:, ~on].sum(1) / wrong.sum(1)
         levels.append(
             {
                 "tokens_objects": mask[:, on].mean(1).tolist(),
@@ -87,8 +91,9 @@ def measure(
                 "background": float(both[~on].mean()),
                 "dice": sum(dice) / len(dice),
                 "background_pixels": float((~on).float().mean()),
-                "background_error": float(share[0]),
-                "background_masked_error": float(share[1]),
+                "background_error": float(background[0]),
+                "background_masked_error": float(background[1]),
+                "emphasis": float(pixels[on].mean() / pixels[~on].mean()),
             }
         )
     return levels
@@ -204,8 +209,8 @@ def document(summary: dict[str, Any]) -> str:
     lines += [
         "",
         "| masks | level | objects | background | single tokens: objects / background | Dice | error on background "
-        "| under the masks |",
-        "|---|---|---|---|---|---|---|---|",
+        "| the same in the loss | a pixel's weight, object to background |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for variant, masks in summary["masks"].items():
         for number, level in enumerate(masks):
@@ -213,5 +218,5 @@ def document(summary: dict[str, Any]) -> str:
             single = ", ".join(f"{on:.2f} / {off:.2f}" for on, off in pairs)
             shares = " | ".join(f"{100 * level[key]:.0f} %" for key in ("background_error", "background_masked_error"))
             means = f"{level['objects']:.2f} | {level['background']:.2f} | {single} | {level['dice']:.2f}"
-            lines.append(f"| {NAMES[variant]} | {number} | {means} | {shares} |")
+            lines.append(f"| {NAMES[variant]} | {number} | {means} | {shares} | {level['emphasis']:.1f} |")
     return "\n".join(lines) + "\n"

@@ -481,8 +481,9 @@ def test_masks_measured_against_their_definition(weighted: bool, monkeypatch: py
         weights = module.forward_prob(t).reshape(2, 3) if weighted else torch.full((2, 3), 1 / 3)
         masks = torch.einsum("kc,nchw->nkhw", module.mask_token.reshape(3, 4), t).sigmoid()
     error = (torch.cat([features["s", i] for i in (0, 1)]) - t).square().sum(1)
-    combined, under = (torch.einsum("nk,nkhw->nhw", weights, m) for m in (masks, masks.square()))
-    under = error * under
+    masses = masks.sum((2, 3), keepdim=True)
+    combined, pixels = (torch.einsum("nk,nkhw->nhw", weights, m) for m in (masks, masks.square() / masses))
+    under = error * pixels
     flat = masks.flatten(2)
     dice = [
         2 * (flat[n, i] * flat[n, j]).sum() / (flat[n, i].square().sum() + flat[n, j].square().sum())
@@ -496,4 +497,8 @@ def test_masks_measured_against_their_definition(weighted: bool, monkeypatch: py
     assert level["dice"] == pytest.approx(float(sum(dice) / 6), rel=1e-4)
     assert level["background_error"] == pytest.approx(float(error[..., 1].sum() / error.sum()), rel=1e-5)
     assert level["background_masked_error"] == pytest.approx(float(under[..., 1].sum() / under.sum()), rel=1e-5)
+    assert level["emphasis"] == pytest.approx(float(pixels[..., 0].mean() / pixels[..., 1].mean()), rel=1e-5)
     assert level["background_pixels"] == 0.5
+    # The loss itself: every pixel's error times its weight.
+    value = loss.eval()(*([torch.cat([features[m, i] for i in (0, 1)])] for m in "st"))
+    assert float(under.sum()) / (2 * 4) == pytest.approx(float(value), rel=1e-4)
