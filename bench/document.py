@@ -1,4 +1,4 @@
-"""``python -m bench.document``: writes docs/benchmarks.md and the README's figures from the committed results.
+"""``python -m bench.document``: writes docs/benchmarks.md, the README's figures and docs/study.md's from the results.
 
 ``--check`` only compares.
 """
@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "benchmarks.md"
-DEMO = ROOT / "docs" / "demo" / "results.md"
+STUDY = ROOT / "docs" / "study.md"
+RESULTS_OF_RUNS = ("demo/results.md", "study/results.md", "study/short.md")
 RESULTS = ROOT / "bench" / "results"
 STATIC = RESULTS / "static.json"
 SMALL = 2 << 20  # bytes of a map: a second-level cache
@@ -283,24 +285,32 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def filled(text: str) -> str:
-    """The README with both sections replaced."""
-    sections = {"demo": DEMO.read_text().strip(), "bench": readme_section()}
+def filled(text: str, sections: Mapping[str, str]) -> str:
+    """A page with its generated sections replaced."""
     for name, section in sections.items():
         pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
         text, count = re.subn(pattern, lambda m, s=section: f"{m[1]}{s}\n{m[2]}", text, flags=re.DOTALL)
         if count != 1:
-            raise ValueError(f"README.md: expected one section {name!r}, got {count}")
+            raise ValueError(f"expected one section {name!r}, got {count}")
     return text
 
 
+def pages() -> dict[Path, str]:
+    """What each page should say."""
+    demo, study, short = ((ROOT / "docs" / path).read_text().strip() for path in RESULTS_OF_RUNS)
+    return {
+        README: filled(README.read_text(), {"demo": demo, "study": short, "bench": readme_section()}),
+        STUDY: filled(STUDY.read_text(), {"study": study}),
+        PAGE: page(),
+    }
+
+
 def main() -> int:
-    """Writes both, or says whether they are what the results say."""
-    text = README.read_text()
+    """Writes the pages, or says whether they are what the results say."""
     if "--check" in sys.argv:
-        return int(filled(text) != text or PAGE.read_text() != page())
-    README.write_text(filled(text))
-    PAGE.write_text(page())
+        return int(any(path.read_text() != text for path, text in pages().items()))
+    for path, text in pages().items():
+        path.write_text(text)
     return 0
 
 

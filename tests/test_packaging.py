@@ -126,10 +126,9 @@ def test_docstring_examples():
     assert attempted > 30
 
 
-def test_readme_figures_come_from_the_committed_results(monkeypatch):
+def test_figures_come_from_the_committed_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from bench import document
 
-    text = document.README.read_text()
-    assert document.filled(text) == text, "run python -m bench.document"
-    assert document.PAGE.read_text() == document.page(), "run python -m bench.document"
+    for path, text in document.pages().items():
+        assert path.read_text() == text, "run python -m bench.document"
