@@ -393,7 +393,7 @@ def test_yolo_complaints(yolo):
 
 # ---- torchdistill ------------------------------------------------------------------------------
 
-CONFIGS = Path(__file__).parent.parent / "examples/torchdistill"
+CONFIGS = Path(__file__).parent.parent / "examples/configs/torchdistill"
 
 
 def torchdistill_box(name, change=lambda config: None):

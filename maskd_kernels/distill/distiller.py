@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable loads the whole compiler
 from torch.nn import functional as F
 
 from maskd_kernels.distill.features import kind
@@ -209,7 +210,7 @@ class Distiller(FrozenTeacher):
         self.raw_losses = raw
         return output, losses
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], learn: bool = False) -> tuple[Any, _Call]:
         if self._removed:
             raise RuntimeError("the distiller's hooks have been removed; make a new Distiller")
