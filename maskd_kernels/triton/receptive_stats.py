@@ -28,13 +28,14 @@ from maskd_kernels.triton.common import (
     aligned,
     as_levels,
     channel_alignment,
+    condition,
     encode,
     feature_offsets,
     integer,
     level_of,
     new_partials,
+    of_run,
     offsets,
-    on_its_device,
     partial_row,
     pick,
     pointers,
@@ -43,6 +44,7 @@ from maskd_kernels.triton.common import (
     runs,
     strides_of,
 )
+from maskd_kernels.triton.launch import launch, recalled
 
 PRECISION = tl.constexpr("tf32x3")
 
@@ -51,7 +53,7 @@ PRECISION = tl.constexpr("tf32x3")
 def tap_windows(p, pixels, width, ROWS: tl.constexpr):
     """[ROWS, BLOCK_P] float: row 3i + j is 1 where tap (i, j) reads a pixel (reference.tap_windows), else 0."""
     i, j = tl.arange(0, ROWS)[:, None] // 3, tl.arange(0, ROWS)[:, None] % 3
-    x, image = p % tl.maximum(width, 1), width > 0
+    x, image = p % tl.maximum(width, 1), condition(width > 0)
     first_row, last_row = image & (p < width), image & (p >= pixels - width)
     first_column, last_column = image & (x == 0), image & (x == width - 1)
     read = (p < pixels)[None, :] & (i < 3)
@@ -64,7 +66,7 @@ def tap_windows(p, pixels, width, ROWS: tl.constexpr):
 def is_edge(tile, pixels, width, BLOCK_P: tl.constexpr):
     """Whether a level's tile touches the image's first or last row. In others every tap reads all rows: of nine sums
     only the middle three, which differ by columns, are written and read back."""
-    return (tile * BLOCK_P < width) | ((tile + 1) * BLOCK_P > pixels - width)
+    return condition((tile * BLOCK_P < width) | ((tile + 1) * BLOCK_P > pixels - width))
 
 
 @triton.jit
@@ -542,7 +544,7 @@ def _element_size(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> int:
 
 def pad_tokens(num_tokens: int) -> int:
     """Rows of the tiles that hold tokens: tl.dot's 16 at least."""
-    return max(16, triton.next_power_of_2(num_tokens))
+    return max(16, int(triton.next_power_of_2(num_tokens)))
 
 
 def _dense(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Maps:
@@ -565,7 +567,7 @@ def _features(maps: Maps) -> dict[str, object]:
     }
 
 
-@on_its_device
+@recalled
 def forward(
     teacher: Sequence[Tensor],
     tokens: Sequence[Tensor],
@@ -586,7 +588,9 @@ def forward(
         row_size = sums_at + (TAPS * max(levels.channels) if wants_sums else 0)
         partials = new_partials(levels, n, row_size, teacher[0])
         if n and sum(levels.tiles):
-            forward_kernel[sum(levels.tiles), n](
+            launch(
+                forward_kernel,
+                (sum(levels.tiles), n),
                 tokens=tuple(e.contiguous() for e in tokens[run]) if tokens else pointers([x[0] for x in run_maps]),
                 customize=out.mass if customize is None else customize,
                 masks=out.masks,
@@ -612,11 +616,13 @@ def forward(
             )
         if n and row_size:
             block, rows = reduce_shape(row_size)
-            reduce_stats_kernel[triton.cdiv(row_size, block), n, len(levels.tiles)](
+            launch(
+                reduce_stats_kernel,
+                (triton.cdiv(row_size, block), n, len(levels.tiles)),
                 partials,
-                out.mass[run],
-                out.error[run] if student else out.mass,
-                out.gram[run],
+                of_run(out.mass, run),
+                of_run(out.error, run) if student else out.mass,
+                of_run(out.gram, run),
                 out.sums,
                 levels.encoded(),
                 encode(widths[run]),
@@ -634,7 +640,7 @@ def forward(
             )
 
 
-@on_its_device
+@recalled
 def backward(
     teacher: Sequence[Tensor],
     tokens: Sequence[Tensor],
@@ -653,8 +659,8 @@ def backward(
     wants_logits = bool(grad_teacher or grad_tokens)
     block_c, narrow_c, block_p, warps = backward_blocks(_element_size(teacher, student), wants_logits)
 
-    def of_run(x: Tensor | None, run: slice) -> Tensor:
-        return nothing if x is None else x[run]
+    def given(x: Tensor | None, run: slice) -> Tensor:
+        return nothing if x is None else of_run(x, run)
 
     for run, run_maps in runs(maps):
         levels = as_levels(run_maps, block_p)
@@ -662,16 +668,18 @@ def backward(
         row_size = k * max(levels.channels) if grad_tokens else 0
         partials = new_partials(levels, n, row_size, teacher[0])
         if n and sum(levels.tiles):
-            backward_kernel[sum(levels.tiles), n](
+            launch(
+                backward_kernel,
+                (sum(levels.tiles), n),
                 tokens=tuple(e.contiguous() for e in tokens[run]) if tokens else own,
                 masks=saved.masks,
                 teacher_masks=saved.teacher_masks,
                 distance=saved.distance,
                 grad_masks=nothing if grad_masks is None else grad_masks,
                 grad_distance=nothing if grad_distance is None else grad_distance,
-                grad_mass=of_run(grad_mass, run),
-                grad_error=of_run(grad_error, run),
-                grad_gram=of_run(grad_gram, run),
+                grad_mass=given(grad_mass, run),
+                grad_error=given(grad_error, run),
+                grad_gram=given(grad_gram, run),
                 grad_sums=nothing if grad_sums is None else grad_sums,
                 grad_teacher=tuple(grad_teacher[run]) if grad_teacher else own,
                 grad_student=tuple(grad_student[run]) if grad_student else own,
