@@ -14,12 +14,12 @@ os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # mmengine keeps
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
-from mmengine.registry import METRICS, MODELS
+from mmengine.registry import DATASETS, METRICS, MODELS
 from mmengine.runner import Runner
 from torchvision.ops import FeaturePyramidNetwork
 
 from maskd_kernels import AMDLoss, MasKDLoss, MGDLoss
-from maskd_kernels.integrations import mmengine as integration
+from maskd_kernels.integrations.mmengine import AlignConnector, PyramidSmoothL1Loss
 
 CLASSES = 5
 
@@ -72,7 +72,9 @@ class FirstPixels(BaseMetric):
         return {"mean": sum(results) / len(results)}
 
 
+@DATASETS.register_module()
 def pictures(count=8, seed=0):
+    """A dataset: pictures and labels that can be read off them."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, CLASSES, (count, 4, 4), generator=generator)
     labels = labels.repeat_interleave(8, 1).repeat_interleave(8, 2)
@@ -83,18 +85,19 @@ def pictures(count=8, seed=0):
 STUDENT = {"type": "SmallSegmenter", "width": 8, "neck": 8}
 TEACHER = {"type": "SmallSegmenter", "width": 16, "neck": 16}
 NECK = {"student": "neck", "teacher": "neck"}
+ALIGN = {"type": "AlignConnector", "student_channels": [8, 8], "teacher_channels": [16, 16]}
 MASKD = {"type": "MasKDLoss", "channels": [16, 16], "num_tokens": 3, "train_tokens": True, "custom_mask_warmup": 3}
 
 
 def config(work_dir, taps=None, steps=4, **changes):
     """What a config file would hold."""
-    taps = [{**NECK, "loss": dict(MASKD), "name": "maskd", "weight": 7.0}] if taps is None else taps
+    taps = [{**NECK, "loss": dict(MASKD), "align": ALIGN, "name": "maskd", "weight": 7.0}] if taps is None else taps
     loader = {"batch_size": 2, "num_workers": 0, "collate_fn": {"type": "default_collate"}}
     loader["sampler"] = {"type": "DefaultSampler", "shuffle": True}
     settings = {
         "custom_imports": {"imports": ["maskd_kernels.integrations.mmengine"]},
         "model": {"type": "FeatureDistillation", "student": dict(STUDENT), "teacher": dict(TEACHER), "taps": taps},
-        "train_dataloader": {**loader, "dataset": pictures()},
+        "train_dataloader": {**loader, "dataset": {"type": "pictures"}},
         "train_cfg": {"by_epoch": False, "max_iters": steps},
         "optim_wrapper": {"optimizer": {"type": "SGD", "lr": 0.05, "momentum": 0.9}},
         "default_hooks": {
@@ -189,7 +192,7 @@ def test_checkpoints_are_the_students(tmp_path):
 
 
 def test_validation_is_the_students_alone(tmp_path):
-    loader = {"batch_size": 2, "collate_fn": {"type": "default_collate"}, "dataset": pictures(4, seed=1)}
+    loader = {"batch_size": 2, "collate_fn": {"type": "default_collate"}, "dataset": {"type": "pictures", "count": 4, "seed": 1}}
     loader["sampler"] = {"type": "DefaultSampler", "shuffle": False}
     validation = {"val_dataloader": loader, "val_cfg": {}, "val_evaluator": {"type": "FirstPixels"}}
     runner = Runner.from_cfg(config(tmp_path, **validation))
@@ -203,26 +206,17 @@ def test_validation_is_the_students_alone(tmp_path):
 
 
 def test_methods_and_connectors(tmp_path):
-    aligned = {"type": "AlignConnector", "student_channels": [8, 8], "teacher_channels": [16, 16]}
     both = {"student_channels": [8, 8], "teacher_channels": [16, 16]}
     taps = [
         {**NECK, "loss": {"type": "MGDLoss", **both, "alpha_mgd": 1e-3}, "name": "mgd"},
         {**NECK, "loss": {"type": "AMDLoss", **both, "alpha_amd": 1e-3}, "name": "amd"},
-        {**NECK, "loss": dict(MASKD), "align": aligned, "name": "maskd"},
-        {
-            "student": "head",
-            "teacher": "head",
-            "levels": [0],
-            "loss": {"type": "MasKDSegLoss", "channels": CLASSES, "train_tokens": True},
-            "select": None,
-        },
+        {**NECK, "loss": dict(MASKD), "align": ALIGN, "name": "maskd"},
+        {"student": "head", "teacher": "head", "loss": {"type": "PyramidSmoothL1Loss"}},
     ]
-    taps[3]["loss"] = {"type": "PyramidSmoothL1Loss"}
-    taps[3].pop("select"), taps[3].pop("levels")
     runner = trained(tmp_path, taps, steps=2)
     kinds = [type(loss) for loss in runner.model.distiller.losses]
-    assert kinds == [MGDLoss, AMDLoss, MasKDLoss, integration.PyramidSmoothL1Loss]
-    assert isinstance(runner.model.distiller.taps[2].align, integration.AlignConnector)
+    assert kinds == [MGDLoss, AMDLoss, MasKDLoss, PyramidSmoothL1Loss]
+    assert isinstance(runner.model.distiller.taps[2].align, AlignConnector)
     for name in ("mgd", "amd", "maskd", "head"):
         assert runner.message_hub.get_scalar(f"train/distill.loss_{name}").current() > 0
 
@@ -262,32 +256,6 @@ def test_inherited_layers(tmp_path):
 
 
 # ---- tokens ------------------------------------------------------------------------------------
-
-
-def test_tokens_in_a_stage_of_their_own(tmp_path):
-    """Adam, weight decay and cosine are the Runner's; what it writes is what the loss reads."""
-    model = {"type": "TokenTraining", "teacher": TEACHER, "layer": "neck", "channels": [16, 16], "num_tokens": 3}
-    wrapper = {"optimizer": {"type": "Adam", "lr": 0.01, "weight_decay": 0.001}}
-    plan = [{"type": "CosineAnnealingLR", "by_epoch": False, "T_max": 4, "eta_min": 1e-6}]
-    runner = trained(
-        tmp_path, model=model, optim_wrapper=wrapper, param_scheduler=plan, custom_hooks=[{"type": "SaveTokensHook"}]
-    )
-    names = list(runner.model.state_dict())
-    assert all(name.startswith("trainer.mask_modules.") for name in names)
-    assert runner.message_hub.get_scalar("train/loss_dice").current() > 0
-    loss = MasKDLoss([16, 16], 3, pretrained=tmp_path / "tokens.pth")
-    assert torch.equal(loss.mask_modules[1].mask_token, runner.model.trainer.mask_modules[1].mask_token)
-    resumed = trained(
-        tmp_path / "half",
-        model=model,
-        optim_wrapper=wrapper,
-        param_scheduler=plan,
-        load_from=str(tmp_path / "iter_2.pth"),
-        resume=True,
-    )
-    teacher = runner.model.trainer.teacher.state_dict()
-    resumed.model.trainer.teacher.load_state_dict(teacher)
-    assert [len(x) for x in resumed.model(torch.rand(2, 3, 32, 32))] == [2, 2]
 
 
 def test_token_training_hook(tmp_path):
@@ -338,17 +306,16 @@ def test_mistakes_are_named(tmp_path):
         build({"los": {}})
     with pytest.raises(TypeError, match="expected a BaseModel"):
         build(student=nn.Conv2d(3, 3, 1))
-    with pytest.raises(ValueError, match="give each tap align=dict"):
-        build(example_shape=(1, 8, 8))
+    with pytest.raises(ValueError, match="align: expected None or a config"):
+        build({"align": "auto"})
     torch.save(MODELS.build(dict(STUDENT)).state_dict(), tmp_path / "student.pth")
     with pytest.raises(ValueError, match=r"teacher_ckpt: .*student.pth does not fit the teacher"):
         build(teacher_ckpt=str(tmp_path / "student.pth"))
     torch.save({"state_dict": {"model.head.bias": torch.zeros(5)}}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"teacher_ckpt: .*lacks .* of the teacher's"):
         build(teacher_ckpt=str(tmp_path / "other.pth"))
-    hook = {"custom_hooks": [{"type": "SaveTokensHook"}]}
-    with pytest.raises(TypeError, match="SaveTokensHook: expected model=dict"):
-        trained(tmp_path, steps=1, **hook)
+    with pytest.raises(TypeError, match="TokenTrainingHook: expected model=dict.*SmallSegmenter"):
+        trained(tmp_path, model=STUDENT, custom_hooks=[{"type": "TokenTrainingHook"}])
     aligned = {"type": "AlignConnector", "student_channels": [8], "teacher_channels": [16]}
     with pytest.raises(ValueError, match="expected 2 align"):
         trained(tmp_path, [{**NECK, "loss": dict(MASKD), "align": aligned}], steps=1)

@@ -1,10 +1,9 @@
-"""Distilling with mmengine's Runner (mmdetection 3.x, mmsegmentation 1.x); losses and connectors for mmrazor 1.x.
+"""Distilling in mmengine's Runner, and so with the models of mmdetection 3.x and mmsegmentation 1.x.
 
 ``custom_imports = dict(imports=["maskd_kernels.integrations.mmengine"])`` in a config registers in mmengine's root
-registry: the losses ``MasKDLoss``, ``MasKDSegLoss``, ``MGDLoss``, ``AMDLoss`` and ``PyramidSmoothL1Loss``, the
-connectors ``AlignConnector`` and ``MGDConnector``, the models ``FeatureDistillation`` and ``TokenTraining``, and the
-hooks ``TokenTrainingHook`` and ``SaveTokensHook``. Where another registry has one of these names (mmrazor: ``MGDLoss``
-and ``MGDConnector``), ``mmengine.MGDLoss`` is the one of here.
+registry, where every package's registry looks: the losses ``MasKDLoss``, ``MasKDSegLoss``, ``MGDLoss``, ``AMDLoss`` and
+``PyramidSmoothL1Loss``, the connector ``AlignConnector``, the model ``FeatureDistillation`` and the hook
+``TokenTrainingHook``.
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,37 +93,6 @@ class AlignConnector(nn.ModuleList):
 
 
 @MODELS.register_module()
-class MGDConnector(MGDLoss):
-    """mmrazor's connector of this name, by constructor and ``state_dict``: masks and generates.
-
-    Its ``MGDLoss`` compares; ``mmengine.MGDLoss`` does both at once, and over a whole pyramid.
-
-    Args:
-        student_channels: channels of the student's feature, or one number per level.
-        teacher_channels: likewise of the teacher's.
-        lambda_mgd: share of pixels (or channels) that are masked, in [0, 1).
-        mask_on_channel: mask whole channels.
-        init_cfg: kept for mmrazor's configurations; not used.
-    """
-
-    def __init__(
-        self,
-        student_channels: Channels,
-        teacher_channels: Channels,
-        lambda_mgd: float = 0.65,
-        mask_on_channel: bool = False,
-        init_cfg: Any = None,
-    ) -> None:
-        super().__init__(student_channels, teacher_channels, lambda_mgd=lambda_mgd, mask_on_channel=mask_on_channel)
-
-    def forward(self, feature: Levels) -> Levels:  # type: ignore[override]
-        """The teacher's feature as generated from the student's, a tensor or a list as that is."""
-        aligned = self._aligned(as_features(feature, "feature", 1))
-        generated = self._generated_under(self._draw(aligned, None), aligned)
-        return generated[0] if isinstance(feature, Tensor) else generated
-
-
-@MODELS.register_module()
 class FeatureDistillation(BaseModel):
     """A student and a teacher of any OpenMMLab package, and the losses between their layers, for mmengine's Runner.
 
@@ -139,9 +108,9 @@ class FeatureDistillation(BaseModel):
         teacher: likewise. What it lacks of ``teacher_ckpt`` is random; that is an error.
         taps: the losses: a list of what ``Tap`` takes, with ``loss`` and ``align`` as configs:
             ``dict(student="neck", teacher="neck", loss=dict(type="MasKDLoss", channels=[256] * 5), name="maskd")``.
+            Without ``align`` nothing is aligned.
         teacher_ckpt: the teacher's checkpoint, a path or whatever mmengine loads. None: the teacher's own ``init_cfg``.
         inherit: layers of the student that start with the teacher's parameters: ``["neck", "bbox_head"]``.
-        example_shape: C, H, W of an image that shows the channels where aligns are to be built.
         data_preprocessor: None: the student's.
         init_cfg: kept for mmengine.
 
@@ -157,7 +126,6 @@ class FeatureDistillation(BaseModel):
         taps: Sequence[Mapping[str, Any]],
         teacher_ckpt: str | None = None,
         inherit: Sequence[str] = (),
-        example_shape: Sequence[int] = (3, 64, 64),
         data_preprocessor: Any = None,
         init_cfg: Any = None,
     ) -> None:
@@ -168,20 +136,8 @@ class FeatureDistillation(BaseModel):
         self.distiller = Distiller(student, teacher, made, teacher_inputs=call)
         self.inherit = list(inherit)
         self._teacher_is_loaded = teacher_ckpt is not None
-        if any(tap.builds_align for tap in made):
-            self._build_aligns(torch.zeros(1, *example_shape))
         self._register_state_dict_hook(_leave_out)
         self.register_load_state_dict_pre_hook(_put_in)
-
-    def _build_aligns(self, images: Tensor) -> None:
-        try:
-            self.distiller.build(images, mode="tensor")
-        except (ValueError, TypeError) as error:
-            if str(error).startswith(tuple(pair.label for pair in self.distiller._pairs)):
-                raise  # features that do not fit
-            raise _unbuilt(images, error) from error
-        except Exception as error:  # whatever a detector makes of a lack of labels
-            raise _unbuilt(images, error) from error
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FeatureDistillation:
         """A copy that shares the teacher, for moving averages."""
@@ -212,69 +168,6 @@ class FeatureDistillation(BaseModel):
         return {**losses, **{f"distill.loss_{name}": value for name, value in distilled.items()}}
 
 
-@MODELS.register_module()
-class TokenTraining(BaseModel):
-    """Learns receptive tokens on a teacher, as a stage of its own in mmengine's Runner.
-
-    Its losses are the teacher's own under the masks, and ``loss_dice``; validation is of the teacher under the masks.
-    Parameters, and so checkpoints, are the tokens alone. ``SaveTokensHook`` writes them as ``pretrained`` reads them.
-
-    Args:
-        teacher: the teacher's config, or the path of a config file that has it as ``model``, or the model.
-        layer: the layer that is masked; a list of them, or a dict of what ``Layer`` takes.
-        channels: channels of each level; one number for a single map.
-        teacher_ckpt: the teacher's checkpoint. None: the teacher's own ``init_cfg``.
-        num_tokens: receptive tokens per level.
-        weight_mask: whether masks are weighted per image.
-        data_preprocessor: None: the teacher's.
-        init_cfg: kept for mmengine.
-    """
-
-    def __init__(
-        self,
-        teacher: Any,
-        layer: Any,
-        channels: int | Sequence[int],
-        teacher_ckpt: str | None = None,
-        num_tokens: int = 6,
-        weight_mask: bool = True,
-        data_preprocessor: Any = None,
-        init_cfg: Any = None,
-    ) -> None:
-        teacher = _teacher(teacher, teacher_ckpt)
-        super().__init__(data_preprocessor or teacher.data_preprocessor, init_cfg)
-        self._teacher_is_loaded = teacher_ckpt is not None
-        self.trainer = TokenTrainer(teacher, _layer(layer), channels, num_tokens=num_tokens, weight_mask=weight_mask)
-
-    def init_weights(self) -> None:
-        """Initialises a teacher without ``teacher_ckpt`` as its config says."""
-        if not self._teacher_is_loaded:
-            self.trainer.teacher.init_weights()  # type: ignore[operator]
-        self._is_init = True
-
-    def forward(self, *args: Any, mode: str = "tensor", **kwargs: Any) -> Any:
-        """The teacher's losses under the masks and the masks' own in mode ``loss``; else what the teacher returns."""
-        output, dice = self.trainer(*args, mode=mode, **kwargs)
-        return {**output, "loss_dice": dice} if mode == "loss" else output
-
-
-@HOOKS.register_module()
-class SaveTokensHook(Hook):
-    """Writes the tokens of a ``TokenTraining`` model after training, as ``pretrained=`` of the losses reads them.
-
-    Args:
-        out: the file; None: ``tokens.pth`` in the Runner's working directory.
-    """
-
-    def __init__(self, out: str | None = None) -> None:
-        self.out = out
-
-    def after_train(self, runner: Any) -> None:
-        """Writes the file."""
-        model = _model(runner, TokenTraining, "SaveTokensHook")
-        _save(model.trainer, runner, self.out or os.path.join(runner.work_dir, "tokens.pth"))
-
-
 @HOOKS.register_module()
 class TokenTrainingHook(Hook):
     """Before distillation begins, learns the tokens of those MasKD losses of a ``FeatureDistillation`` that have none.
@@ -284,7 +177,7 @@ class TokenTrainingHook(Hook):
     ``pretrained`` or from a checkpoint, so that a resumed run goes on at once.
 
     Args:
-        iterations: steps for each loss; the authors take 2,000 in detection, 10,000 in segmentation.
+        iterations: steps for each loss, 1 or more; the authors take 2,000 in detection, 10,000 in segmentation.
         optimizer: the optimizer's config: the authors take ``dict(type="Adam", lr=0.01, weight_decay=0.001)`` in
             detection, the default, and ``dict(type="SGD", lr=0.1)`` in segmentation.
         min_lr: the last step's learning rate.
@@ -306,56 +199,53 @@ class TokenTrainingHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         """Learns what is to be learned."""
-        model = _model(runner, FeatureDistillation, "TokenTrainingHook")
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        if not isinstance(model, FeatureDistillation):
+            raise TypeError(
+                "TokenTrainingHook: expected model=dict(type='FeatureDistillation', ...), got a "
+                f"{type(model).__name__}"
+            )
         due = [(pair.label, tap) for pair, tap in zip(model.distiller._pairs, model.distiller.taps, strict=True)]
         due = [(label, tap) for label, tap in due if any(not m.learned for m in _mask_modules(tap.loss))]
         for label, tap in due:
-            modules = _mask_modules(tap.loss)
-            count, weighted = modules[0].mask_token.shape[0], modules[0].weight_mask
+            modules, layer = _mask_modules(tap.loss), tap.side(tap.teacher)
             channels: Any = [module.mask_token.shape[1] for module in modules]
-            layer = tap.side(tap.teacher)
-            with TokenTrainer(
-                model.distiller.teacher, layer, channels, num_tokens=count, weight_mask=weighted
-            ) as trainer:
-                device = modules[0].mask_token.device
-                trainer.mask_modules.to(device)
+            tokens, weighted = modules[0].mask_token.shape[0], modules[0].weight_mask
+            teacher = model.distiller.teacher
+            with TokenTrainer(teacher, layer, channels, num_tokens=tokens, weight_mask=weighted) as trainer:
+                trainer.to(modules[0].mask_token.device)
                 self._learn(runner, model, trainer, label)
                 for module, learned in zip(modules, trainer.mask_modules, strict=True):
                     module.load_state_dict(learned.state_dict())
-                if self.out:
+                if self.out and runner.rank == 0:
                     root, ending = os.path.splitext(self.out)
-                    _save(trainer, runner, self.out if len(due) == 1 else f"{root}.{label}{ending}")
+                    trainer.save(self.out if len(due) == 1 else f"{root}.{label}{ending}")
 
     def _learn(self, runner: Any, model: FeatureDistillation, trainer: TokenTrainer, label: str) -> None:
-        wrapped: nn.Module = trainer
-        if runner.distributed:
-            wrapped = nn.parallel.DistributedDataParallel(trainer)
+        distributed = nn.parallel.DistributedDataParallel(trainer) if runner.distributed else trainer
+        call = functools.partial(distributed, mode="loss")
         optimizer = OPTIMIZERS.build({**self.optimizer, "params": list(trainer.parameters())})
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(self.iterations, 1), self.min_lr)
-        step = 0
-        while step < self.iterations:
-            for batch in runner.train_dataloader:
-                data = model.data_preprocessor(batch, True)
-                call = functools.partial(wrapped, mode="loss")
-                output, dice = call(**data) if isinstance(data, dict) else call(*data)
-                loss, values = model.parse_losses({**output, "loss_dice": dice})
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                step += 1
-                if step % self.interval == 0 or step == self.iterations:
-                    line = ", ".join(f"{name}: {float(value):.4f}" for name, value in values.items())
-                    print_log(f"tokens of {label} [{step}/{self.iterations}] {line}", logger="current")
-                if step == self.iterations:
-                    break
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.iterations, self.min_lr)
+        for step, batch in enumerate(itertools.islice(_batches(runner.train_dataloader), self.iterations), 1):
+            data = model.data_preprocessor(batch, True)
+            output, dice = call(**data) if isinstance(data, dict) else call(*data)
+            loss, values = model.parse_losses({**output, "loss_dice": dice})
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if step % self.interval == 0 or step == self.iterations:
+                line = ", ".join(f"{name}: {float(value):.4f}" for name, value in values.items())
+                print_log(f"tokens of {label} [{step}/{self.iterations}] {line}", logger="current")
 
 
-def _model(runner: Any, kind: type, hook: str) -> Any:
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    if not isinstance(model, kind):
-        raise TypeError(f"{hook}: expected model=dict(type='{kind.__name__}', ...), got a {type(model).__name__}")
-    return model
+def _batches(loader: Any) -> Iterator[Any]:
+    """Batches without end, each pass in an order of its own."""
+    for epoch in itertools.count():
+        for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+        yield from loader
 
 
 def _mask_modules(loss: Any) -> list[MaskModule]:
@@ -419,7 +309,12 @@ def _tap(config: Mapping[str, Any]) -> Tap:
     """A Tap of a config's dict."""
     if isinstance(config, Tap):
         return config
-    options = dict(config)
+    options = {"align": None, **config}
+    if options["align"] == "auto":
+        raise ValueError(
+            "align: expected None or a config: dict(type='AlignConnector', student_channels=..., teacher_channels=...); "
+            "the optimizer is made before any image could show the channels"
+        )
     for side in ("student", "teacher"):
         if side in options:
             options[side] = _layer(options[side])
@@ -432,14 +327,6 @@ def _tap(config: Mapping[str, Any]) -> Tap:
 def _as_tensors(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The teacher's call: the student's, for its bare output."""
     return dict(signature.bind(*args, **{**kwargs, "mode": "tensor"}).arguments)
-
-
-def _unbuilt(images: Tensor, error: Exception) -> ValueError:
-    return ValueError(
-        f"taps: aligns are to be built, and the models do not run on {list(images.shape)} images without labels "
-        f"({type(error).__name__}: {error}); give each tap align=dict(type='AlignConnector', student_channels=..., "
-        "teacher_channels=...) or align=None"
-    )
 
 
 def _leave_out(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
