@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from maskd_kernels.distill import Distiller, Layer, Tap, TokenTrainer
 from maskd_kernels.losses import AMDLoss, MasKDLoss, MasKDSegLoss, MaskModule, MGDLoss
 from maskd_kernels.losses.generation import Channels
-from maskd_kernels.validation import Levels, as_features, check_channels, match_count
+from maskd_kernels.validation import Levels, as_features, check_channels, match_count, match_features
 
 try:
     from mmengine.config import Config
@@ -59,9 +59,9 @@ class PyramidSmoothL1Loss(nn.Module):
         self.beta, self.loss_weight = beta, loss_weight
 
     def forward(self, y_s: Levels, y_t: Levels) -> Tensor:
-        """A scalar, of tensors or lists of them, of equal shapes."""
-        student, teacher = as_features(y_s, "y_s", 0), as_features(y_t, "y_t", 0)
-        match_count(student, "y_s", teacher, "y_t")
+        """A scalar, of tensors ``[N, C, *spatial]`` or lists of them, of equal shapes."""
+        student, teacher = as_features(y_s, "y_s", 1), as_features(y_t, "y_t", 1)
+        match_features(student, teacher, "y_s", "y_t")
         levels = [F.smooth_l1_loss(s, t, beta=self.beta) for s, t in zip(student, teacher, strict=True)]
         return self.loss_weight * torch.stack(levels).sum()
 
@@ -235,7 +235,7 @@ class TokenTrainingHook(Hook):
             optimizer.step()
             schedule.step()
             if step % self.interval == 0 or step == self.iterations:
-                line = ", ".join(f"{name}: {float(value):.4f}" for name, value in values.items())
+                line = ", ".join(f"{name}: {value.item():.4f}" for name, value in values.items())
                 print_log(f"tokens of {label} [{step}/{self.iterations}] {line}", logger="current")
 
 
