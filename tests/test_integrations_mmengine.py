@@ -193,7 +193,11 @@ def test_checkpoints_are_the_students(tmp_path):
 
 
 def test_validation_is_the_students_alone(tmp_path):
-    loader = {"batch_size": 2, "collate_fn": {"type": "default_collate"}, "dataset": {"type": "pictures", "count": 4, "seed": 1}}
+    loader = {
+        "batch_size": 2,
+        "collate_fn": {"type": "default_collate"},
+        "dataset": {"type": "pictures", "count": 4, "seed": 1},
+    }
     loader["sampler"] = {"type": "DefaultSampler", "shuffle": False}
     validation = {"val_dataloader": loader, "val_cfg": {}, "val_evaluator": {"type": "FirstPixels"}}
     runner = Runner.from_cfg(config(tmp_path, **validation))
@@ -302,7 +306,11 @@ def test_mistakes_are_named(tmp_path):
 
     with pytest.raises(ValueError, match="student: no layer 'nek'.*neck"):
         build({"student": "nek"})
-    for loss, message in (([16], r"expected 1 level\(s\)"), ([32, 32], "expected .*32"), ([16, 16], "align the student")):
+    for loss, message in (
+        ([16], r"expected 1 level\(s\)"),
+        ([32, 32], "expected .*32"),
+        ([16, 16], "align the student"),
+    ):
         with pytest.raises(ValueError, match=f"neck: the loss cannot take .*{message}"):
             trained(tmp_path, [{**NECK, "loss": {"type": "MasKDLoss", "channels": loss}}], steps=1)
     with pytest.raises(TypeError, match="unexpected keyword argument 'los'"):
