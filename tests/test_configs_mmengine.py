@@ -37,13 +37,22 @@ for _package in ("mmdet", "mmseg"):
     pytest.importorskip(_package, reason="by `make test-models`")
 os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # mmengine keeps more than tensors in its checkpoints
 
+from mmdet.datasets import CocoDataset  # noqa: E402
 from mmengine.config import Config  # noqa: E402
-from mmengine.registry import MODELS, DefaultScope  # noqa: E402
+from mmengine.hub import get_config  # noqa: E402
+from mmengine.registry import MODELS  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from maskd_kernels import MasKDLoss, MasKDSegLoss  # noqa: E402
 
+SMALL = {  # what is other than in the files, by type
+    "Resize": {"scale": (64, 64)},
+    "RandomResize": {"scale": (64, 64)},
+    "RandomCrop": {"crop_size": (32, 64)},
+    "SegDataPreProcessor": {"size": (32, 64)},
+    "SyncBN": {"type": "BN"},  # there is no GPU
+}
 FOLDER = Path(__file__).parent.parent / "examples" / "configs" / "mmengine"
 
 
@@ -63,8 +72,8 @@ def coco(tmp_path_factory):
             images.append({"id": i, "file_name": f"{i}.png", "height": 64, "width": 64})
             box = {"id": i, "image_id": i, "category_id": 1, "iscrowd": 0, "area": 1600}
             boxes.append({**box, "bbox": [x, y, 40, 40]})
-        people = [{"id": 1, "name": "person"}]
-        annotations = {"images": images, "annotations": boxes, "categories": people}
+        classes = [{"id": i, "name": name} for i, name in enumerate(CocoDataset.METAINFO["classes"], 1)]
+        annotations = {"images": images, "annotations": boxes, "categories": classes}
         (root / f"annotations/instances_{split}.json").write_text(json.dumps(annotations))
     return root
 
@@ -90,78 +99,92 @@ def each_dict(value):
         yield from each_dict(item)
 
 
-def loaded(name, folder, data):
-    """A configuration as it stands, but for the data, its size, and pretrained weights, which would be downloaded."""
+def loaded(name, data, folder):
+    """A configuration as it stands, but for the data and their size, and weights that would be downloaded."""
     config = Config.fromfile(FOLDER / f"{name}.py")
-    config.work_dir, config.log_level, config.randomness = str(folder), "WARNING", {"seed": 0}
+    config.merge_from_dict({"work_dir": str(folder), "log_level": "WARNING", "randomness": {"seed": 0}})
     config.experiment_name = f"{name}-{folder.name}"
     config.default_hooks.logger.interval = 1
-    config.default_hooks.pop("visualization")
+    del config.default_hooks.visualization
     for loader in (config.train_dataloader, config.val_dataloader):
         loader.dataset.data_root = str(data)
-        loader.num_workers, loader.persistent_workers = 0, False
-    config.train_dataloader.batch_size = 2
+        loader.update(num_workers=0, persistent_workers=False)
+    if "ann_file" in config.val_evaluator:
+        config.val_evaluator.ann_file = str(data / "annotations/instances_val2017.json")
     for hook in config.get("custom_hooks", []):
-        hook.iterations, hook.interval = 2, 1
-        if "out" in hook:
-            hook.out = str(folder / hook.out)
+        hook.update(iterations=3, interval=1, out=str(folder / "tokens.pth"))
     for part in each_dict(config._cfg_dict):
-        if part.get("type") in ("Resize", "RandomResize"):
-            part["scale"] = (64, 64)
-        if part.get("type") == "RandomCrop":
-            part["crop_size"] = (32, 64)
-        if part.get("type") == "SegDataPreProcessor":
-            part["size"] = (32, 64)
-        if part.get("type") == "SyncBN":
-            part["type"] = "BN"  # there is no GPU
+        part.update(SMALL.get(part.get("type"), {}))
     student = config.model.student
-    student.backbone.init_cfg = student.pretrained = None
-    if "pretrained" not in Config.fromfile(FOLDER / f"{name}.py").model.student:
-        student.pop("pretrained")
+    student.backbone.init_cfg = None
+    if "pretrained" in student:
+        student.pretrained = None
+    torch.manual_seed(0)
+    teacher = MODELS.build({"_scope_": config.default_scope, **get_config(config.model.teacher).model})
+    config.model.teacher_ckpt = str(folder / "teacher.pth")  # as the packages publish them
+    torch.save({"meta": {}, "state_dict": teacher.state_dict()}, config.model.teacher_ckpt)
     return config
 
 
-def with_teacher(config, folder):
-    """An untrained teacher in a checkpoint as the packages publish them."""
-    path = folder / "teacher.pth"
-    if not path.exists():
-        DefaultScope.get_instance(config.experiment_name, scope_name=config.default_scope)
-        from mmengine.hub import get_config
-
-        torch.manual_seed(0)
-        teacher = MODELS.build({"_scope_": config.default_scope, **get_config(config.model.teacher).model})
-        torch.save({"meta": {}, "state_dict": teacher.state_dict()}, path)
-    config.model.teacher_ckpt = str(path)
-    return config
-
-
-def student_alone(config, checkpoint):
-    """The student's own package loads what was saved."""
-    student = MODELS.build({"_scope_": config.default_scope, **config.model.student})
-    missing, unexpected = student.load_state_dict(checkpoint["state_dict"], strict=False)
-    assert not missing
-    assert all(name.startswith("distiller.") for name in unexpected)
-    return student
+def trained(config):
+    runner = Runner.from_cfg(config)
+    runner.train()
+    return runner
 
 
 def series(runner, name):
-    return [value for value, _ in zip(*runner.message_hub.get_scalar(name).data, strict=True)]
+    values, _ = runner.message_hub.get_scalar(name).data
+    return list(values)
+
+
+def student_alone(config, name):
+    """What the student's own package makes of a checkpoint."""
+    student = MODELS.build({"_scope_": config.default_scope, **config.model.student})
+    state = torch.load(Path(config.work_dir) / name, weights_only=False)["state_dict"]
+    missing, unexpected = student.load_state_dict(state, strict=False)
+    assert not missing
+    assert all(name.startswith("distiller.") for name in unexpected)
+    return student.eval()
 
 
 @pytest.mark.parametrize("name", ["maskd_retinanet", "mgd_retinanet", "amd_retinanet"])
 def test_detection(name, coco, tmp_path):
-    config = with_teacher(loaded(name, tmp_path, coco), tmp_path)
+    config = loaded(name, coco, tmp_path)
     config.train_cfg.max_epochs = 1
-    config.val_evaluator.ann_file = str(coco / "annotations/instances_val2017.json")
-    runner = Runner.from_cfg(config)
-    distiller = runner.model.distiller
-    runner.train()
-    assert torch.equal(
-        distiller.teacher.neck.fpn_convs[0].conv.weight,
-        torch.load(tmp_path / "teacher.pth")["state_dict"]["neck.fpn_convs.0.conv.weight"],
-    )
+    runner = trained(config)
     for tap in config.model.taps:
         assert all(value > 0 for value in series(runner, f"train/distill.loss_{tap.name}"))
-    assert 0 <= runner.message_hub.get_scalar("val/coco/bbox_mAP").current() <= 1
-    checkpoint = torch.load(tmp_path / "epoch_1.pth", weights_only=False)
-    student_alone(config, checkpoint)
+    assert -1 <= runner.message_hub.get_scalar("val/coco/bbox_mAP").current() <= 1
+    student, teacher = runner.model.distiller.student, runner.model.distiller.teacher
+    for inherited in ("neck.fpn_convs.0.conv.weight", "bbox_head.retina_cls.bias"):
+        weights = student.get_parameter(inherited)
+        torch.testing.assert_close(weights, teacher.get_parameter(inherited), rtol=0, atol=1e-4)
+        assert not torch.equal(weights, teacher.get_parameter(inherited))
+    picture = torch.rand(1, 3, 64, 64)
+    for ours, theirs in zip(student.eval()(picture), student_alone(config, "epoch_1.pth")(picture), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    if name == "maskd_retinanet":
+        loss = runner.model.distiller.losses[0]
+        written = MasKDLoss([256] * 5, pretrained=tmp_path / "tokens.pth")
+        assert torch.equal(loss.mask_modules[4].mask_token, written.mask_modules[4].mask_token)
+
+
+def test_tokens_alone(coco, tmp_path):
+    config = loaded("tokens_retinanet", coco, tmp_path)
+    trained(config)
+    assert MasKDLoss([256] * 5, pretrained=tmp_path / "tokens.pth").mask_modules[0].mask_token.std() > 0.012
+    assert not list(tmp_path.glob("epoch_*.pth"))
+
+
+def test_segmentation(cityscapes, tmp_path):
+    config = loaded("maskd_deeplabv3", cityscapes, tmp_path)
+    config.train_cfg.update(max_iters=2, val_interval=2)
+    config.default_hooks.checkpoint.interval = 2
+    runner = trained(config)
+    assert all(value > 0 for value in series(runner, "train/distill.loss_maskd"))
+    assert 0 <= runner.message_hub.get_scalar("val/mIoU").current() <= 100
+    loss = runner.model.distiller.losses[0]
+    written = MasKDSegLoss(19, pretrained=tmp_path / "tokens.pth")
+    assert torch.equal(loss.mask_module.mask_token, written.mask_module.mask_token)
+    picture = torch.rand(1, 3, 32, 64)
+    assert torch.equal(runner.model.eval()(picture), student_alone(config, "iter_2.pth")(picture))

@@ -202,8 +202,7 @@ class TokenTrainingHook(Hook):
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if not isinstance(model, FeatureDistillation):
             raise TypeError(
-                "TokenTrainingHook: expected model=dict(type='FeatureDistillation', ...), got a "
-                f"{type(model).__name__}"
+                f"TokenTrainingHook: expected model=dict(type='FeatureDistillation', ...), got a {type(model).__name__}"
             )
         due = [(pair.label, tap) for pair, tap in zip(model.distiller._pairs, model.distiller.taps, strict=True)]
         due = [(label, tap) for label, tap in due if any(not m.learned for m in _mask_modules(tap.loss))]
