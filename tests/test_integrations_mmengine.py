@@ -278,7 +278,7 @@ def test_token_training_hook(tmp_path):
     for name, made, attribute in (("maskd", maskd, "mask_modules"), ("seg", seg, "mask_module")):
         file = torch.load(tmp_path / f"tokens.{name}.pth", weights_only=True)
         assert all(key.startswith("mask_modules.") for key in file["state_dict"])
-        learned = list(file["state_dict"].values())[0]
+        learned = next(iter(file["state_dict"].values()))
         token = next(getattr(made, attribute).parameters())
         assert torch.equal(token, learned)
         assert learned.std() > 0.012  # they start with 0.01
@@ -304,20 +304,21 @@ def test_mistakes_are_named(tmp_path):
         model = {"type": "FeatureDistillation", "student": STUDENT, "teacher": TEACHER, "taps": [tap], **changes}
         return Runner.from_cfg(config(tmp_path, model=model)).model
 
-    with pytest.raises(ValueError, match="student: no layer 'nek'.*neck"):
+    with pytest.raises(ValueError, match=r"student: no layer 'nek'.*neck"):
         build({"student": "nek"})
-    for loss, message in (
-        ([16], r"expected 1 level\(s\)"),
-        ([32, 32], "expected .*32"),
-        ([16, 16], "align the student"),
+    for channels, align, message in (
+        ([16], ALIGN, r"expected 1 level\(s\)"),
+        ([32, 32], ALIGN, r"expected \[2, 32"),
+        ([16, 16], None, "align the student with a 1x1 convolution from 8 to 16 channels"),
     ):
+        tap = {**NECK, "loss": {"type": "MasKDLoss", "channels": channels}, "align": align}
         with pytest.raises(ValueError, match=f"neck: the loss cannot take .*{message}"):
-            trained(tmp_path, [{**NECK, "loss": {"type": "MasKDLoss", "channels": loss}}], steps=1)
+            trained(tmp_path, [tap], steps=1)
     with pytest.raises(TypeError, match="unexpected keyword argument 'los'"):
         build({"los": {}})
     with pytest.raises(TypeError, match="expected a BaseModel"):
         build(student=nn.Conv2d(3, 3, 1))
-    with pytest.raises(ValueError, match="align: expected None or a config"):
+    with pytest.raises(ValueError, match="align: expected None or dict"):
         build({"align": "auto"})
     torch.save(MODELS.build(dict(STUDENT)).state_dict(), tmp_path / "student.pth")
     with pytest.raises(ValueError, match=r"teacher_ckpt: .*student.pth does not fit the teacher"):
@@ -325,7 +326,7 @@ def test_mistakes_are_named(tmp_path):
     torch.save({"state_dict": {"model.head.bias": torch.zeros(5)}}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"teacher_ckpt: .*lacks .* of the teacher's"):
         build(teacher_ckpt=str(tmp_path / "other.pth"))
-    with pytest.raises(TypeError, match="TokenTrainingHook: expected model=dict.*SmallSegmenter"):
+    with pytest.raises(TypeError, match=r"TokenTrainingHook: expected model=dict.*SmallSegmenter"):
         trained(tmp_path, model=STUDENT, custom_hooks=[{"type": "TokenTrainingHook"}])
     aligned = {"type": "AlignConnector", "student_channels": [8], "teacher_channels": [16]}
     with pytest.raises(ValueError, match="expected 2 align"):

@@ -242,8 +242,9 @@ def _batches(loader: Any) -> Iterator[Any]:
     """Batches without end, each pass in an order of its own."""
     for epoch in itertools.count():
         for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(epoch)
+            set_epoch: Any = getattr(sampler, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
         yield from loader
 
 
@@ -311,8 +312,8 @@ def _tap(config: Mapping[str, Any]) -> Tap:
     options = {"align": None, **config}
     if options["align"] == "auto":
         raise ValueError(
-            "align: expected None or a config: dict(type='AlignConnector', student_channels=..., teacher_channels=...); "
-            "the optimizer is made before any image could show the channels"
+            "align: expected None or dict(type='AlignConnector', student_channels=..., teacher_channels=...): the "
+            "optimizer is made before any image could show the channels"
         )
     for side in ("student", "teacher"):
         if side in options:
