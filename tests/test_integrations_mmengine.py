@@ -94,7 +94,7 @@ def config(work_dir, taps=None, steps=4, **changes):
     """What a config file would hold."""
     taps = [{**NECK, "loss": dict(MASKD), "align": ALIGN, "name": "maskd", "weight": 7.0}] if taps is None else taps
     loader = {"batch_size": 2, "num_workers": 0, "collate_fn": {"type": "default_collate"}}
-    loader["sampler"] = {"type": "DefaultSampler", "shuffle": True}
+    loader["sampler"] = {"type": "InfiniteSampler", "shuffle": True}
     settings = {
         "custom_imports": {"imports": ["maskd_kernels.integrations.mmengine"]},
         "model": {"type": "FeatureDistillation", "student": dict(STUDENT), "teacher": dict(TEACHER), "taps": taps},
@@ -162,7 +162,7 @@ def test_resumes_bit_for_bit(tmp_path):
 
 
 def test_moving_average(tmp_path):
-    """It averages student, aligns and losses, and shares the teacher; checkpoints hold the average, resuming goes on."""
+    """It averages student, aligns and losses, and shares the teacher; checkpoints hold it, and resuming goes on."""
     hooks = {"custom_hooks": [{"type": "EMAHook", "momentum": 0.3, "update_buffers": True}]}
     whole = trained(tmp_path / "whole", **hooks)
     average = next(hook for hook in whole.hooks if type(hook).__name__ == "EMAHook").ema_model
@@ -307,8 +307,8 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"student: no layer 'nek'.*neck"):
         build({"student": "nek"})
     for channels, align, message in (
-        ([16], ALIGN, r"expected 1 level\(s\)"),
-        ([32, 32], ALIGN, r"expected \[2, 32"),
+        ([16], ALIGN, r"expected 2 level\(s\) like teacher, got 1"),
+        ([32, 32], ALIGN, r"expected \[K, 16\] .*got \[6, 32\]"),
         ([16, 16], None, "align the student with a 1x1 convolution from 8 to 16 channels"),
     ):
         tap = {**NECK, "loss": {"type": "MasKDLoss", "channels": channels}, "align": align}

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Sampler
 
 from maskd_kernels.distill import Distiller, Layer, Tap, TokenTrainer
 from maskd_kernels.losses import AMDLoss, MasKDLoss, MasKDSegLoss, MaskModule, MGDLoss
@@ -225,7 +226,7 @@ class TokenTrainingHook(Hook):
         call = functools.partial(distributed, mode="loss")
         optimizer = OPTIMIZERS.build({**self.optimizer, "params": list(trainer.parameters())})
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.iterations, self.min_lr)
-        for step, batch in enumerate(itertools.islice(_batches(runner.train_dataloader), self.iterations), 1):
+        for step, batch in enumerate(itertools.islice(_batches(runner), self.iterations), 1):
             data = model.data_preprocessor(batch, True)
             output, dice = call(**data) if isinstance(data, dict) else call(*data)
             loss, values = model.parse_losses({**output, "loss_dice": dice})
@@ -238,13 +239,15 @@ class TokenTrainingHook(Hook):
                 print_log(f"tokens of {label} [{step}/{self.iterations}] {line}", logger="current")
 
 
-def _batches(loader: Any) -> Iterator[Any]:
-    """Batches without end, each pass in an order of its own."""
+def _batches(runner: Any) -> Iterator[Any]:
+    """The Runner's training batches without end, each pass in an order of its own."""
+    loader = runner._train_dataloader
+    if isinstance(loader, Mapping):  # one of ours: an InfiniteSampler that has stopped goes on no more
+        loader = runner.build_dataloader(loader, seed=runner.seed)
     for epoch in itertools.count():
         for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
-            set_epoch: Any = getattr(sampler, "set_epoch", None)
-            if set_epoch is not None:
-                set_epoch(epoch)
+            if isinstance(sampler, Sampler) and hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
         yield from loader
 
 
