@@ -10,7 +10,7 @@ help:
 	@echo "make demo   distil a segmenter by every method, start to end (about 10 minutes on two cores)"
 	@echo "make study  what masks add to distilling a detector, five seeds (up to three hours on two cores; resumes)"
 	@echo "make test   all tests (GPU tests only where there is a GPU)"
-	@echo "make test-models  models of transformers, timm, Lightning, Ultralytics, torchdistill, in their own environment"
+	@echo "make test-models  models of transformers, timm, Lightning, Ultralytics, torchdistill, OpenMMLab, in their own environment"
 	@echo "make matrix  kernel tests with the oldest, the pinned and the newest torch and triton, each in an environment of its own"
 	@echo "make fuzz   random calls against the reference in float64 (SEED, CASES)"
 	@echo "make sanitize  fuzzer and kernel tests with AddressSanitizer and UndefinedBehaviorSanitizer in the C++ kernels"
@@ -38,14 +38,16 @@ test: $(INSTALLED)
 
 # The frameworks' newest releases beside the pinned torch. Nothing is downloaded but packages: all weights are random.
 MODELS_VENV := .venv-models
-MODELS := "transformers[torch]>=5" "timm>=1" "lightning>=2.5" "ultralytics>=8.4" "cloudpickle>=3.1" "torchdistill>=1.1"
+MODELS := "transformers[torch]>=5" "timm>=1" "lightning>=2.5" "ultralytics>=8.4" "cloudpickle>=3.1" "torchdistill>=1.1" \
+	"mmengine>=0.10" "mmdet>=3.3" "mmsegmentation>=1.2" "mmcv-lite>=2,<2.2" ftfy regex
 
 test-models:
 	$(PYTHON) -m venv $(MODELS_VENV)
 	$(MODELS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable ".[test]" $(MODELS)
 	YOLO_CONFIG_DIR=$(abspath build) YOLO_OFFLINE=true $(MODELS_VENV)/bin/python -m pytest \
-		tests/test_models.py tests/test_integrations.py tests/test_documentation.py
+		tests/test_models.py tests/test_integrations.py tests/test_integrations_transformers.py \
+		tests/test_integrations_mmengine.py tests/test_configs_mmengine.py tests/test_documentation.py
 
 # Five gigabytes and some minutes each; removed afterwards. Beside the native kernels of .venv.
 matrix: $(INSTALLED)
