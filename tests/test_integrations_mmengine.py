@@ -1,7 +1,11 @@
 """mmengine's Runner that distils, with its own loops, hooks and checkpoints; by ``make test-models``."""
 
 import copy
+import functools
 import os
+import pickle
+import subprocess
+import sys
 import uuid
 
 import pytest
@@ -12,6 +16,7 @@ from torch.nn import functional as F
 pytest.importorskip("mmengine", reason="by `make test-models`")
 os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # mmengine keeps more than tensors in its checkpoints
 
+from helpers import parameters_of_processes
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
@@ -187,6 +192,10 @@ def test_checkpoints_are_the_students(tmp_path):
     assert not missing
     assert all(name.startswith("distiller.") for name in unexpected)
     assert torch.equal(student.eval()(inputs)[0], expected)
+    script = (
+        f"import sys, torch; sys.modules['maskd_kernels'] = None; torch.load({str(tmp_path / 'kd' / 'iter_4.pth')!r})"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)  # nothing in it is of this package
     again = Runner.from_cfg(config(tmp_path / "again", load_from=str(tmp_path / "kd" / "iter_4.pth")))
     again.load_or_resume()
     assert_equal(state(again.model), state(runner.model))
@@ -262,6 +271,35 @@ def test_inherited_layers(tmp_path):
         MODELS.build({"type": "FeatureDistillation", **model, "inherit": ["bbox_head"]}).init_weights()
 
 
+def test_connector():
+    """As mmrazor calls it: with what a recorder has recorded."""
+    connector = MODELS.build(dict(ALIGN))
+    pyramid = [torch.rand(2, 8, 4, 4), torch.rand(2, 8, 2, 2)]
+    for x, level, aligned in zip(pyramid, connector, connector(pyramid), strict=True):
+        assert torch.equal(aligned, F.conv2d(x, level.weight, level.bias))
+    assert torch.equal(connector(pyramid[0]), connector(pyramid)[0])
+    with pytest.raises(ValueError, match=r"feature: expected 2 level\(s\) like student_channels, got 1"):
+        connector(pyramid[:1])
+
+
+def parameters_of_a_process(rank, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    taps = [{**NECK, "loss": {**MASKD, "train_tokens": False}, "align": ALIGN}]
+    parallel = {"launcher": "pytorch", "model_wrapper_cfg": {"device_ids": None}}
+    hook = {"type": "TokenTrainingHook", "iterations": 3}
+    return trained(folder, taps, custom_hooks=[hook], **parallel).model.parameters()
+
+
+def test_two_processes(tmp_path):
+    """Student, aligns and learned tokens are the same in both, though each has pictures of its own."""
+    first, second = parameters_of_processes(functools.partial(parameters_of_a_process, folder=tmp_path), tmp_path)
+    assert torch.equal(first, second)
+    alone = [{**NECK, "loss": {**MASKD, "train_tokens": False}, "align": ALIGN}]
+    runner = trained(tmp_path / "alone", alone, custom_hooks=[{"type": "TokenTrainingHook", "iterations": 3}])
+    other = torch.cat([p.detach().flatten() for p in runner.model.parameters()])
+    assert not torch.allclose(first, other, atol=1e-5)
+
+
 # ---- tokens ------------------------------------------------------------------------------------
 
 
@@ -298,7 +336,7 @@ def test_token_training_hook(tmp_path):
 # ---- mistakes ----------------------------------------------------------------------------------
 
 
-def test_mistakes_are_named(tmp_path):
+def test_mistakes_are_named(tmp_path, monkeypatch):
     def build(tap=None, **changes):
         tap = {**NECK, "loss": dict(MASKD), **(tap or {})}
         model = {"type": "FeatureDistillation", "student": STUDENT, "teacher": TEACHER, "taps": [tap], **changes}
@@ -326,6 +364,11 @@ def test_mistakes_are_named(tmp_path):
     torch.save({"state_dict": {"model.head.bias": torch.zeros(5)}}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"teacher_ckpt: .*lacks .* of the teacher's"):
         build(teacher_ckpt=str(tmp_path / "other.pth"))
+    trained(tmp_path / "teacher", model=dict(TEACHER))
+    monkeypatch.delenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    with pytest.raises(ValueError, match="if you trust the file, set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1") as raised:
+        build(teacher_ckpt=str(tmp_path / "teacher" / "iter_4.pth"))
+    assert isinstance(raised.value.__cause__, pickle.UnpicklingError)
     with pytest.raises(TypeError, match=r"TokenTrainingHook: expected model=dict.*SmallSegmenter"):
         trained(tmp_path, model=STUDENT, custom_hooks=[{"type": "TokenTrainingHook"}])
     aligned = {"type": "AlignConnector", "student_channels": [8], "teacher_channels": [16]}

@@ -106,11 +106,12 @@ class FeatureDistillation(BaseModel):
     Args:
         student: the student's config, or the path of a config file that has it as ``model``
             (``"mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"``), or the model.
-        teacher: likewise. What it lacks of ``teacher_ckpt`` is random; that is an error.
+        teacher: likewise.
         taps: the losses: a list of what ``Tap`` takes, with ``loss`` and ``align`` as configs:
             ``dict(student="neck", teacher="neck", loss=dict(type="MasKDLoss", channels=[256] * 5), name="maskd")``.
             Without ``align`` nothing is aligned.
-        teacher_ckpt: the teacher's checkpoint, a path or whatever mmengine loads. None: the teacher's own ``init_cfg``.
+        teacher_ckpt: the teacher's checkpoint, a path or whatever mmengine loads, with all of its parameters. None: the
+            teacher's own ``init_cfg``.
         inherit: layers of the student that start with the teacher's parameters: ``["neck", "bbox_head"]``.
         data_preprocessor: None: the student's.
         init_cfg: kept for mmengine.
@@ -308,23 +309,25 @@ def _layer(layer: Any) -> Any:
     return Layer(**layer) if isinstance(layer, Mapping) else layer
 
 
-def _tap(config: Mapping[str, Any]) -> Tap:
-    """A Tap of a config's dict."""
+def _tap(config: Tap | Mapping[str, Any]) -> Tap:
+    """A Tap of a config's dict, or as it is."""
     if isinstance(config, Tap):
-        return config
-    options = {"align": None, **config}
-    if options["align"] == "auto":
+        tap = config
+    else:
+        options = {"align": None, **config}
+        for side in ("student", "teacher"):
+            if side in options:
+                options[side] = _layer(options[side])
+        for part in ("loss", "align"):
+            if isinstance(options.get(part), Mapping):
+                options[part] = MODELS.build(dict(options[part]))
+        tap = Tap(**options)
+    if tap.builds_align:
         raise ValueError(
             "align: expected None or dict(type='AlignConnector', student_channels=..., teacher_channels=...): the "
             "optimizer is made before any image could show the channels"
         )
-    for side in ("student", "teacher"):
-        if side in options:
-            options[side] = _layer(options[side])
-    for part in ("loss", "align"):
-        if isinstance(options.get(part), Mapping):
-            options[part] = MODELS.build(dict(options[part]))
-    return Tap(**options)
+    return tap
 
 
 def _as_tensors(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
