@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo "make demo   distil a segmenter by every method, start to end (about 10 minutes on two cores)"
-	@echo "make study  what masks add to distilling a detector, five seeds (up to three hours on two cores; resumes)"
+	@echo "make study  what masks add to distilling a detector, eight seeds (up to three hours on two cores; resumes)"
 	@echo "make test   all tests (GPU tests only where there is a GPU)"
 	@echo "make test-models  models of transformers, timm, Lightning, Ultralytics, torchdistill, OpenMMLab, in their own environment"
 	@echo "make matrix  kernel tests with the oldest, the pinned and the newest torch and triton, each in an environment of its own"

@@ -49,7 +49,7 @@ SMALL = {
     "flip": False,
     "optimizer": "adamw",
     "batch": 8,
-    "lr": {"teacher": 2e-3, "tokens": 1e-2, "distil": 4e-3},
+    "lr": {"teacher": 2e-3, "tokens": 1e-3, "distil": 4e-3},
     "epochs": {"teacher": 10, "tokens": 2, "distil": 2},
     "milestones": {"teacher": (), "tokens": (), "distil": ()},
     "align": False,

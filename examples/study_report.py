@@ -58,13 +58,15 @@ def measure(
     Returns:
         For each level the mean of the masks on objects and on background, of each token and of all as the loss combines
         them; the mean Dice coefficient between tokens; the background's share of the pixels, of the squared error
-        between student and teacher, and of that error as the loss weighs it; and how many times more a pixel on an
-        object weighs in the loss than one on background (in a plain squared error: once).
+        between student and teacher, and of that error as the loss weighs it; how many times more a pixel on an object
+        weighs in the loss than one on background (in a plain squared error: once); and the cosine between the loss's
+        gradient of the student's features and that of the plain squared error (1: the masks change its size alone).
     """
     levels = []
     for level, module in enumerate(loss.mask_modules):
         inside, masks, combined, weight, error = [], [], [], [], []
         dice: list[float] = []
+        cosine: list[float] = []
         for i in range(min(count, len(data))):
             image, target = data[i]
             t, s = (pyramid(model, image)[level] for model in (teacher, student))
@@ -80,6 +82,7 @@ def measure(
             weight.append(pixel.flatten())
             error.append(((s - t)[0].square().sum(0) * torch.stack([torch.ones_like(pixel), pixel])).flatten(1))
             dice.append(float(dice_diversity(m[None])))
+            cosine.append(float(torch.cosine_similarity((s - t).flatten(), (pixel * (s - t)).flatten(), dim=0)))
         on, mask, both, wrong = torch.cat(inside), torch.cat(masks, 1), torch.cat(combined), torch.cat(error, 1)
         pixels = torch.cat(weight)
         background = wrong[:, ~on].sum(1) / wrong.sum(1)
@@ -94,6 +97,7 @@ def measure(
                 "background_error": float(background[0]),
                 "background_masked_error": float(background[1]),
                 "emphasis": float(pixels[on].mean() / pixels[~on].mean()),
+                "cosine": sum(cosine) / len(cosine),
             }
         )
     return levels
@@ -209,8 +213,8 @@ def document(summary: dict[str, Any]) -> str:
     lines += [
         "",
         "| masks | level | objects | background | single tokens: objects / background | Dice | error on background "
-        "| the same in the loss | a pixel's weight, object to background |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| the same in the loss | a pixel's weight, object to background | cosine to MSE's gradient |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for variant, masks in summary["masks"].items():
         for number, level in enumerate(masks):
@@ -218,5 +222,8 @@ def document(summary: dict[str, Any]) -> str:
             single = ", ".join(f"{on:.2f} / {off:.2f}" for on, off in pairs)
             shares = " | ".join(f"{100 * level[key]:.0f} %" for key in ("background_error", "background_masked_error"))
             means = f"{level['objects']:.2f} | {level['background']:.2f} | {single} | {level['dice']:.2f}"
-            lines.append(f"| {NAMES[variant]} | {number} | {means} | {shares} | {level['emphasis']:.1f} |")
+            lines.append(
+                f"| {NAMES[variant]} | {number} | {means} | {shares} | {level['emphasis']:.1f} "
+                f"| {level['cosine']:.2f} |"
+            )
     return "\n".join(lines) + "\n"

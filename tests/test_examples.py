@@ -402,13 +402,15 @@ def test_two_processes_measure_what_one_does(voc: Path, tmp_path: Path) -> None:
 def test_study_chooses_inside_of_what_it_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights beside the best one are tried, on validation pictures and with a seed that nothing else has."""
     first = {variant: weight for variant, (_, weight) in study.VARIANTS.items()}
-    steps = {"mse": 0, "maskd": -2, "maskd_weighted": 9, "mgd": 2, "amd": -1}  # from the first weight to the best
+    steps = {"mse": 2, "maskd": -1, "maskd_weighted": 9, "mgd": 4, "amd": -9}  # from the lowest weight to the best
+    noise = dict(zip(study.TRIAL_SEEDS, (0.0, 20.0, -20.0), strict=True))  # without the mean every seed's best differs
     seen = []
 
     def scored(student: tuple[str, float, int], split: str) -> dict[str, float]:
         variant, weight, seed = student
         seen.append((seed, split))
-        return {"mAP": -abs(np.log(weight / first[variant]) - steps[variant] * np.log(study.STEP))}
+        away = np.log(weight / first[variant]) / np.log(study.STEP) - steps[variant]
+        return {"mAP": -abs(away) + noise[seed] * (round(away) % 2)}
 
     with study.Study(tmp_path, epochs=1, jobs=2, device=None) as runs:
         monkeypatch.setattr(runs, "student", lambda variant, weight, seed: (variant, weight, seed))
@@ -418,14 +420,14 @@ def test_study_chooses_inside_of_what_it_tried(tmp_path: Path, monkeypatch: pyte
         variant: [round(np.log(w / first[variant]) / np.log(study.STEP)) for w in trials[variant]] for variant in trials
     }
     assert tried == {
-        "mse": [-1, 0, 1],
-        "maskd": [-3, -2, -1, 0, 1],
-        "maskd_weighted": [-1, 0, 1, 2, 3],  # five at most
-        "mgd": [-1, 0, 1, 2, 3],
-        "amd": [-2, -1, 0, 1],
+        "mse": [0, 1, 2, 3, 4],
+        "maskd": [-2, -1, 0, 1, 2, 3, 4],
+        "maskd_weighted": [0, 1, 2, 3, 4, 5, 6],  # seven at most
+        "mgd": [0, 1, 2, 3, 4, 5],
+        "amd": [-2, -1, 0, 1, 2, 3, 4],
     }
-    assert set(seen) == {(study.TRIAL_SEED, "val")}
-    assert study.TRIAL_SEED not in range(100)
+    assert set(seen) == {(seed, "val") for seed in study.TRIAL_SEEDS}
+    assert not set(study.TRIAL_SEEDS) & set(range(100))
 
 
 def test_study_takes_differences_in_pairs() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from maskd_kernels import AMDLoss, Distiller, Layer, MasKDLoss, MGDLoss, Tap, TokenTrainer
+from maskd_kernels import AMDLoss, Distiller, Layer, MasKDLoss, MGDLoss, Tap, TokenTrainer, prepare_teacher
 
 PIXELS = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -162,6 +162,14 @@ def test_yolo_neck_is_one_pyramid():
         handle.remove()
     for got, name in zip(features_of(distiller, BATCH)[1], NECK, strict=True):
         assert torch.equal(got, seen[name])
+
+
+def test_yolo_is_folded_throughout():
+    teacher = yolo("n").eval()
+    prepared = prepare_teacher(teacher, taps=NECK, example_inputs=(PIXELS,))
+    assert len(prepared.preparation.folded) > 100
+    assert not prepared.preparation.left
+    assert max(prepared.preparation.errors.values()) < 1e-5
 
 
 def test_yolo_checkpoints_hold_nothing_of_the_distiller(tmp_path):

@@ -210,10 +210,34 @@ def test_a_piece_that_runs_otherwise_than_traced_raises_in_the_first_forward():
     prepared = prepare_teacher(trained(model))
     with pytest.raises(RuntimeError, match=r"'block\.0'.*runs otherwise than it was traced"):
         prepared(x)
-    with pytest.raises(RuntimeError, match="runs otherwise"):
-        prepare_teacher(model, example_inputs=(x,))
     left = prepare_teacher(model, taps=["block.0"], channels_last=False)
     assert torch.equal(left(x), model(x))
+    left = prepare_teacher(model, example_inputs=(x,), channels_last=False)  # which show what runs
+    assert "block.1" in left.preparation.left
+    assert torch.equal(left(x), model(x))
+
+
+def test_layers_of_a_container_that_are_run_one_by_one_are_traced_one_by_one():
+    """As YOLO's are: the container's own forward would chain them, and none runs it."""
+
+    class Steps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            own = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(2)]
+            self.model = nn.Sequential(*own, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+        def forward(self, x):
+            first = self.model[0](x)
+            second = self.model[1](branching(first))
+            third = self.model[2](first + second)
+            return self.model[3](third) + third
+
+    teacher, x = trained(Steps()), torch.randn(2, 4, 9, 7)
+    prepared = prepare_teacher(teacher, taps=["model.0", "model.1"], example_inputs=(x,))
+    assert prepared.preparation.folded == {"model.0.1": "model.0.0", "model.1.1": "model.1.0"}
+    assert set(prepared.preparation.left) == {"model.3"}  # what it is fed with has another reader
+    assert max(prepared.preparation.errors.values()) < 1e-6
+    assert off(prepared(x), teacher(x)) < 1e-6
 
 
 def test_a_model_traced_as_a_whole_may_be_run_in_parts():

@@ -79,8 +79,8 @@ def prepare_teacher(
             folded only if the model can be traced as a whole.
         taps: the layers whose features are read, one or several, by name or as the ``Tap``s of ``Distiller``. Their
             outputs stay what they are: a convolution that is tapped is not folded into.
-        example_inputs: for one forward, as ``Distiller`` takes them; with them the fold is checked at once, and the
-            error of each tap measured.
+        example_inputs: for one forward, as ``Distiller`` takes them; with them layers that are run one by one (YOLO's)
+            are traced one by one, the fold is checked at once, and the error of each tap measured.
 
     Returns:
         The copy, in eval mode, without gradients of parameters. Running it in training mode raises a
@@ -117,7 +117,8 @@ def prepare_teacher(
     report, checks = Preparation(), list[_Check]()
     model.preparation = report  # type: ignore[assignment]
     if fold_batch_norm:
-        checks = _fold(model, names, report, whole=compile and example_inputs is None)
+        ran = None if example_inputs is None else _that_run(model, example_inputs)
+        checks = _fold(model, names, report, ran, whole=compile and example_inputs is None)
     if dtype is not None and dtype.itemsize < 4:
         _to_half(model, dtype)
     elif dtype is not None:
@@ -204,8 +205,25 @@ def _nodes(value: Any) -> Iterator[fx.Node]:
             yield from _nodes(item)
 
 
-def _trace(model: nn.Module, whole: bool) -> _Traces:
-    """Traces the model or, unless ``whole``, the largest pieces of it that can be."""
+def _that_run(model: nn.Module, inputs: Any) -> set[str]:
+    """The layers whose own forward runs: a container's may not, when its layers are called one by one."""
+    ran: set[str] = set()
+    handles = [
+        layer.register_forward_pre_hook(lambda _layer, _inputs, name=name: ran.add(name))
+        for name, layer in model.named_modules()
+    ]
+    try:
+        args, kwargs = as_call(inputs)
+        with torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ran
+
+
+def _trace(model: nn.Module, whole: bool, ran: set[str] | None) -> _Traces:
+    """Traces the model or, unless ``whole``, the largest pieces of it that can be, of the layers that ``ran``."""
     # Tracing may leave its values in the model: it gets a copy, with the same parameters and buffers.
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     scratch = copy.deepcopy(model, shared)
@@ -214,6 +232,9 @@ def _trace(model: nn.Module, whole: bool) -> _Traces:
     while pieces:
         piece = pieces.pop()
         if not any(isinstance(m, _batch_norms()) for m in piece.modules()):
+            continue
+        if ran is not None and layers[piece] not in ran:
+            pieces += piece.children()
             continue
         inside = dict(piece.named_modules())
         opaque: set[str] = set()
@@ -251,11 +272,11 @@ def _read_graph(traces: _Traces, graph: fx.Graph, tracer: _Tracer, piece: str, n
 # Folding
 
 
-def _fold(model: nn.Module, taps: list[str], report: Preparation, whole: bool) -> list[_Check]:
+def _fold(model: nn.Module, taps: list[str], report: Preparation, ran: set[str] | None, whole: bool) -> list[_Check]:
     layers = dict(model.named_modules())
     norms = {name: layer for name, layer in layers.items() if isinstance(layer, _batch_norms())}
     tapped = [layers[name] for name in taps]
-    traces = _trace(model, whole) if norms else _Traces()
+    traces = _trace(model, whole, ran) if norms else _Traces()
     checks: dict[str, _Check] = {}
     for name, norm in norms.items():
         convolution, why = _feeder(name, traces, layers, tapped)
@@ -390,7 +411,8 @@ class _Check:
     def refuse(self, convolution: str) -> None:
         raise RuntimeError(
             f"prepare_teacher: the convolution {convolution!r}, into which a batch norm was folded, runs otherwise "
-            "than it was traced; name it in taps, so that it is left as it is, or turn fold_batch_norm off"
+            "than it was traced; pass example_inputs, which show what runs, name it in taps, so that it is left as it "
+            "is, or turn fold_batch_norm off"
         )
 
     def close(self) -> None:
