@@ -65,8 +65,13 @@ def test_frameworks(tmp_path, monkeypatch):
     names = run_blocks("docs/frameworks.md", tmp_path, monkeypatch)
     assert all(loss > 0 for loss in names["losses"].values())
     assert (tmp_path / "student" / "model.safetensors").exists()
-    trained = names["module"].distiller
+    lightning, trained = names["module"].trainer, names["module"].distiller
     assert all(p.grad is None for p in trained.teacher.parameters())
+    assert lightning.global_step == 2
+    assert {"task", "maskd"} <= set(lightning.callback_metrics)
+    assert set(lightning.optimizers[0].state) == set(trained.trainable_parameters())
+    assert set(trained.aligns.parameters()) < set(lightning.optimizers[0].state)
+    assert not any("teacher" in name for name in names["module"].state_dict())
 
 
 @pytest.mark.slow

@@ -282,6 +282,16 @@ def test_connector():
         connector(pyramid[:1])
 
 
+def test_pyramid_of_boxes():
+    loss = MODELS.build({"type": "PyramidSmoothL1Loss", "beta": 0.5, "loss_weight": 0.3})
+    teacher = [torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 2, 2)]
+    student = [torch.tensor([[[[0.2, 2.0]]]]), torch.full((1, 1, 2, 2), -1.0)]
+    levels = [(0.5 * 0.2**2 / 0.5 + 2.0 - 0.25) / 2, 1.0 - 0.25]
+    torch.testing.assert_close(loss(student, teacher), torch.tensor(0.3 * sum(levels)))
+    with pytest.raises(ValueError, match=r"y_s\[0\]: expected \[1, 1, 1, 1\] like y_t\[0\], got \[1, 1, 1, 2\]"):
+        loss(student, [teacher[0][..., :1], teacher[1]])
+
+
 def parameters_of_a_process(rank, folder):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     taps = [{**NECK, "loss": {**MASKD, "train_tokens": False}, "align": ALIGN}]
@@ -331,6 +341,19 @@ def test_token_training_hook(tmp_path):
     again = trained(tmp_path / "c", given, steps=1, custom_hooks=[hook])
     assert not (tmp_path / "never.pth").exists()
     assert torch.equal(again.model.distiller.losses[0].mask_modules[0].mask_token, maskd.mask_modules[0].mask_token)
+
+
+def test_tokens_see_the_data_in_another_order_in_each_pass(tmp_path, monkeypatch):
+    seen, forward = [], ScaledPixels.forward
+    monkeypatch.setattr(ScaledPixels, "forward", lambda *a: seen.append(a[1]["inputs"].sum((1, 2, 3))) or forward(*a))
+    loader = {"batch_size": 2, "num_workers": 0, "collate_fn": {"type": "default_collate"}}
+    loader.update(sampler={"type": "DefaultSampler", "shuffle": True}, dataset={"type": "pictures"})
+    taps = [{**NECK, "loss": {"type": "MasKDLoss", "channels": [16, 16]}, "align": ALIGN}]
+    hook = {"type": "TokenTrainingHook", "iterations": 8}
+    trained(tmp_path, taps, steps=1, train_dataloader=loader, custom_hooks=[hook])
+    first, second = torch.cat(seen[:4]), torch.cat(seen[4:8])
+    assert torch.equal(first.sort()[0], second.sort()[0])
+    assert not torch.equal(first, second)
 
 
 # ---- mistakes ----------------------------------------------------------------------------------
