@@ -138,8 +138,12 @@ def assert_equal(a, b):
 def test_it_trains_student_aligns_and_losses(tmp_path):
     torch.manual_seed(0)
     runner = Runner.from_cfg(config(tmp_path))
-    before, teacher = state(runner.model), state(runner.model.distiller.teacher)
+    before, teacher, modes = state(runner.model), state(runner.model.distiller.teacher), []
+    runner.model.distiller.teacher.register_forward_pre_hook(
+        lambda _m, _a, k: modes.append(k["mode"]), with_kwargs=True
+    )
     runner.train()
+    assert modes == ["tensor"] * 4
     after = state(runner.model)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert {"first.0.weight", "head.weight", "distiller.aligns.0.1.weight"} <= moved
