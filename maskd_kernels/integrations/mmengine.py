@@ -37,7 +37,7 @@ try:
     from mmengine.runner.checkpoint import CheckpointLoader
 except ImportError as error:
     raise ImportError(
-        "maskd_kernels.integrations.mmengine needs mmengine 0.10 or newer: pip install mmengine"
+        f"maskd_kernels.integrations.mmengine needs mmengine: pip install 'mmengine>=0.10' ({error})"
     ) from error
 
 for _loss in (MasKDLoss, MasKDSegLoss, MGDLoss, AMDLoss):
