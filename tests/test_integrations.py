@@ -12,7 +12,6 @@ import torch
 from maskd_kernels import MasKDLoss
 from maskd_kernels.losses.checkpoints import read_state
 
-
 ADAPTED = ("ultralytics", "torchdistill", "transformers", "mmengine")
 
 
