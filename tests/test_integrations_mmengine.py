@@ -364,6 +364,8 @@ def test_tokens_see_the_data_in_another_order_in_each_pass(tmp_path, monkeypatch
 
 
 def test_mistakes_are_named(tmp_path, monkeypatch):
+    random = {**NECK, "loss": {"type": "MasKDLoss", "channels": [16, 16]}, "align": ALIGN}
+
     def build(tap=None, **changes):
         tap = {**NECK, "loss": dict(MASKD), **(tap or {})}
         model = {"type": "FeatureDistillation", "student": STUDENT, "teacher": TEACHER, "taps": [tap], **changes}
@@ -396,6 +398,10 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="if you trust the file, set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1") as raised:
         build(teacher_ckpt=str(tmp_path / "teacher" / "iter_4.pth"))
     assert isinstance(raised.value.__cause__, pickle.UnpicklingError)
+    runner = Runner.from_cfg(config(tmp_path, [random], custom_hooks=[{"type": "TokenTrainingHook"}]))
+    runner._train_dataloader = torch.utils.data.DataLoader(pictures(), batch_size=2)
+    with pytest.raises(TypeError, match="TokenTrainingHook: expected train_dataloader as a config, got a DataLoader"):
+        runner.train()
     with pytest.raises(TypeError, match=r"TokenTrainingHook: expected model=dict.*SmallSegmenter"):
         trained(tmp_path, model=STUDENT, custom_hooks=[{"type": "TokenTrainingHook"}])
     aligned = {"type": "AlignConnector", "student_channels": [8], "teacher_channels": [16]}

@@ -242,9 +242,11 @@ class TokenTrainingHook(Hook):
 
 def _batches(runner: Any) -> Iterator[Any]:
     """The Runner's training batches without end, each pass in an order of its own."""
-    loader = runner._train_dataloader
-    if isinstance(loader, Mapping):  # one of ours: an InfiniteSampler that has stopped goes on no more
-        loader = runner.build_dataloader(loader, seed=runner.seed)
+    config = runner._train_dataloader
+    if not isinstance(config, Mapping):
+        raise TypeError(f"TokenTrainingHook: expected train_dataloader as a config, got a {type(config).__name__}")
+    # Not the Runner's own loader: an InfiniteSampler that has been stopped puts out nothing more.
+    loader = runner.build_dataloader(config, seed=runner.seed)
     for epoch in itertools.count():
         for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
             if isinstance(sampler, Sampler) and hasattr(sampler, "set_epoch"):
