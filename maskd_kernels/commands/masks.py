@@ -43,8 +43,10 @@ def read_features(path: Path) -> list[Tensor]:
     if (isinstance(content, Tensor) and content.dim() == 2) or not isinstance(content, (Tensor, Mapping, list, tuple)):
         raise ValueError(f"{path}: expected features [N, C, H, W], or a list or dict of them, got {kind(content)}")
     try:
-        alone = isinstance(content, Tensor) and content.dim() > 2
-        levels = [content] if alone else list(as_levels(content, str(path)).values())
+        if isinstance(content, Tensor) and content.dim() > 2:
+            levels = [content]
+        else:
+            levels = list(as_levels(content, str(path)).values())
     except TypeError as error:
         raise ValueError(str(error)) from None
     for x in levels:

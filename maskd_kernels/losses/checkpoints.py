@@ -152,8 +152,8 @@ def read_tokens(source: Source) -> list[dict[str, Tensor]]:
 def _check_level(level: Mapping[str, Tensor], where: str) -> None:
     tokens = level["mask_token"]
     if tokens.dim() != 2 or not tokens.numel() or not tokens.is_floating_point() or tokens.layout != torch.strided:
-        got = f"{list(tokens.shape)}, {str(tokens.dtype)[6:]}, {str(tokens.layout)[6:]}"
-        raise ValueError(f"{where}: expected mask_token [K, C], floating, strided, got {got}")
+        found = f"{list(tokens.shape)}, {str(tokens.dtype)[6:]}, {str(tokens.layout)[6:]}"
+        raise ValueError(f"{where}: expected mask_token [K, C], floating, strided, got {found}")
     k, c = level["mask_token"].shape
     weighting = {
         "prob.0.weight": [c, c, 3, 3],
