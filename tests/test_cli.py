@@ -110,6 +110,8 @@ def test_there_is_no_output(where, code):
     assert result.stderr == ("maskd-kernels info: No space left on device\n" if code else "")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not native.available(), reason="there is nothing long enough to interrupt")
 def test_interrupted():
     command = [sys.executable, "-m", "maskd_kernels.cli", "verify", "--backend", "reference", "--backend", "native"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
