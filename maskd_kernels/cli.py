@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import sys
 import textwrap
@@ -33,9 +34,19 @@ def _positive(text: str) -> int:
 
 def _size(text: str) -> tuple[int, int]:
     height, separator, width = text.partition("x")
-    if not (separator and height.isdigit() and width.isdigit() and int(height) and int(width)):
+    if not (separator and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH, as in 100x136, got {text!r}")
     return int(height), int(width)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected seconds from 0 on, got {text}")
+    return value
 
 
 # ---- Commands ----------------------------------------------------------------------------------
@@ -62,7 +73,7 @@ def _bench(options: Options) -> int:
         device, options.dtype, options.batch, options.channels, height, width, options.tokens, options.seconds
     )
     if options.json:
-        options.json.touch()  # before time is spent
+        options.json.open("a").close()  # before time is spent
     measured = bench.measure(settings)
     print(bench.text(settings, measured))
     if options.json:
@@ -168,7 +179,7 @@ def parser() -> argparse.ArgumentParser:
     add("--size", type=_size, default=size, metavar="HxW", help=f"pixels of the maps (default: {size[0]}x{size[1]})")
     add("--tokens", type=_positive, default=defaults.tokens, help="receptive tokens (default: %(default)s)")
     add("--threads", type=_positive, help="CPU threads (default: torch's)")
-    add("--seconds", type=float, default=defaults.seconds, help="time to spend, about (default: %(default)s)")
+    add("--seconds", type=_seconds, default=defaults.seconds, help="time to spend, about (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="also write the figures and the machine here")
 
     add = command(
@@ -236,14 +247,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         code: int = options.run(options)
-        sys.stdout.flush()
+        print(end="", flush=True)  # also where standard output is closed
         return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what is left goes at exit
         return BROKEN_PIPE
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError, MemoryError) as error:
         print(f"maskd-kernels {options.command}: {_reason(error)}", file=sys.stderr)
         return 1
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -63,13 +64,18 @@ def test_examples_in_the_help_are_commands(capsys, command):
 
 @pytest.mark.parametrize(
     "line",
-    ["", "nonsense", "bench --size 3", "bench --batch 0", "convert", "convert x --to onnx", "verify --backend cuda"],
+    [
+        *("", "nonsense", "bench --size 3", "bench --size ²x3", "bench --batch 0", "bench --seconds nan"),
+        *("bench --seconds -1", "bench --seconds ten", "convert", "convert x --to onnx", "verify --backend cuda"),
+    ],
 )
 def test_what_is_no_command_line(capsys, line):
     with pytest.raises(SystemExit) as end:
         cli.main(line.split())
     assert end.value.code == 2
-    assert "usage: maskd-kernels" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "usage: maskd-kernels" in message
+    assert "invalid _" not in message
 
 
 def test_wrong_environment_is_named(capsys, monkeypatch):
@@ -94,6 +100,24 @@ def test_nobody_reads_the_output():
     result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (result.returncode, result.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(("where", "code"), [(">&-", 0), (">/dev/full", 1)])
+def test_there_is_no_output(where, code):
+    command = f"exec {shlex.quote(sys.executable)} -m maskd_kernels.cli info {where}"
+    result = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == code
+    assert result.stderr == ("maskd-kernels info: No space left on device\n" if code else "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not native.available(), reason="there is nothing long enough to interrupt")
+def test_interrupted():
+    command = [sys.executable, "-m", "maskd_kernels.cli", "verify", "--backend", "reference", "--backend", "native"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("reference")
+        process.send_signal(signal.SIGINT)
+        assert (process.wait(60), process.stderr.read()) == (130, "")
 
 
 # ---- verify ------------------------------------------------------------------------------------
@@ -152,6 +176,7 @@ def test_verify_where_a_backend_is_missing(capsys, monkeypatch, few_cases):
     code, out, _ = call(capsys, "verify", "--backend", "native")
     assert code == 1
     assert "missing: no compiler" in out
+    assert out.endswith("not all that was asked for runs here\n")
 
 
 # ---- bench -------------------------------------------------------------------------------------
@@ -168,6 +193,7 @@ def test_bench(capsys, tmp_path):
     assert all(result["calls"] == 5 and name in out for name, result in written["results"].items())
     message = fails(capsys, "bench", "--device", "cuda") if not torch.cuda.is_available() else "no CUDA device"
     assert "no CUDA device" in message
+    assert fails(capsys, "bench", *small, "--json", tmp_path) == f"{tmp_path}: Is a directory"
 
 
 # ---- demo --------------------------------------------------------------------------------------

@@ -137,23 +137,28 @@ def test_tokens_of_a_module_alone(tmp_path):
         (["."], "tokens: expected a checkpoint file, got a folder: ."),
         (["text.pth"], "tokens: text.pth cannot be read as a checkpoint of tensors alone (weights_only=True): "),
         (["code.pth"], "tokens: code.pth cannot be read as a checkpoint of tensors alone (weights_only=True): "),
+        (["empty.pth"], "tokens: empty.pth cannot be read as a checkpoint of tensors alone (weights_only=True): EOFE"),
         (["list.pth"], "tokens: expected a mapping of names to tensors in list.pth, got list"),
         (["student.pth"], "tokens: no receptive tokens (mask_token) in student.pth, which holds weight"),
         (["two.pth"], "tokens: two.pth holds several tokens of level 0, b.mask_token among them"),
         (["gap.pth"], "tokens: expected levels from 0 on in gap.pth, got 1"),
-        (["flat.pth"], "tokens: level 0 of flat.pth: expected mask_token [K, C], floating, got [3]"),
+        (["flat.pth"], "tokens: level 0 of flat.pth: expected mask_token [K, C], floating, strided, got [3], float32"),
+        (["none.pth"], "tokens: level 0 of none.pth: expected mask_token [K, C], floating, strided, got [0, 4], float"),
+        (["sparse.pth"], "tokens: level 0 of sparse.pth: expected mask_token [K, C], floating, strided, got [2, 3], f"),
         (["half.pth"], "tokens: level 0 of half.pth: prob.0.bias is missing beside mask_token, prob.0.weight"),
         (["other.pth"], "tokens: level 0 of other.pth: prob.2.bias: expected [2] for 2 tokens of 4 channels, got [3]"),
         (["tokens.pth", "--level", "1"], "--level: expected a level from 0 to 0, got 1"),
         (["tokens.pth", "--to", "segmentation", "--out", "x.pth"], "format: segmentation has no weighting of masks, "),
         (["tokens.pth", "tokens.pth", "--to", "segmentation", "--out", "x.pth"], "format: segmentation holds one lev"),
         (["tokens.pth", "--out", "nowhere/x.pth"], "nowhere/x.pth: No such file or directory"),
+        (["tokens.pth", "--out", "text.pth/x.pth"], "text.pth/x.pth: Not a directory"),
         (["tokens.pth", "--out", "."], ".: "),
     ],
 )
 def test_convert_says_what_is_wrong(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.pth").write_text("no checkpoint")
+    (tmp_path / "empty.pth").touch()
     tokens = MaskModule(4, num_tokens=2).state_dict()
     contents = {
         "tokens": tokens,
@@ -163,6 +168,8 @@ def test_convert_says_what_is_wrong(capsys, tmp_path, monkeypatch, arguments, me
         "two": {"a.mask_token": torch.zeros(2, 3), "b.mask_token": torch.zeros(2, 3)},
         "gap": {"mask_modules.1.mask_token": torch.zeros(2, 3)},
         "flat": {"mask_token": torch.zeros(3)},
+        "none": {"mask_token": torch.zeros(0, 4)},
+        "sparse": {"mask_token": torch.ones(2, 3).to_sparse()},
         "half": {key: tokens[key] for key in ("mask_token", "prob.0.weight")},
         "other": {**tokens, "prob.2.bias": torch.zeros(3)},
     }
@@ -195,6 +202,13 @@ def broken():
 def number():
     return 3
 """
+STRANGE = {  # features that are none
+    "flat.pt": torch.zeros(3),
+    "whole.pt": torch.ones(2, 4, 8, 6, dtype=torch.int8),
+    "sparse.pt": torch.ones(2, 4, 8, 6).to_sparse(),
+    "nothing.pt": torch.zeros(2, 4, 0, 6),
+    "nan.pt": torch.full((2, 4, 8, 6), torch.nan),
+}
 
 
 @pytest.fixture
@@ -205,14 +219,18 @@ def folder(tmp_path, monkeypatch):
     levels = [{"mask_token": torch.randn(3, 4)} for _ in range(2)]
     torch.save(as_checkpoint(levels, "detection"), "tokens.pth")
     torch.save(as_checkpoint(levels[:1], "segmentation"), "single.pth")
+    torch.save(as_checkpoint([levels[0], {"mask_token": torch.full((3, 4), torch.nan)}], "detection"), "nan.pth")
     torch.save([torch.randn(2, 4, 8, 6), torch.randn(2, 4, 4, 3)], "features.pt")
     torch.save({"p3": torch.randn(2, 4, 8, 6).half(), "p4": torch.randn(2, 4, 4, 3).half()}, "named.pt")
     numpy.save("level.npy", torch.randn(4, 8, 6).numpy())
     matplotlib.imsave("photo.png", numpy.random.default_rng(0).random((20, 30, 3)))
     (tmp_path / "text.txt").write_text("no image")
     (tmp_path / "text.npy").write_text("no array")
+    (tmp_path / "empty.pt").touch()
     (tmp_path / "a_teacher.py").write_text(TEACHER)
-    torch.save(torch.zeros(3), "flat.pt")
+    (tmp_path / "wrong_syntax.py").write_text("def teacher(:")
+    for name, content in STRANGE.items():
+        torch.save(content, name)
     torch.save(torch.randn(2, 5, 8, 6), "wide.pt")
     yield tmp_path
     sys.modules.pop("a_teacher", None)
@@ -246,7 +264,13 @@ def test_masks(capsys, folder, arguments, said):
         ("tokens.pth missing.pt out.png", "missing.pt: No such file or directory"),
         ("tokens.pth text.npy out.png", "text.npy: cannot be read as saved features: "),
         ("tokens.pth text.txt out.png", "text.txt: expected an image, or features in a file that ends in .pt, "),
+        ("tokens.pth empty.pt out.png", "empty.pt: cannot be read as saved features: EOFError"),
         ("tokens.pth flat.pt out.png", "flat.pt: expected features of at least three axes"),
+        ("single.pth whole.pt out.png", "whole.pt: expected floating, strided features, got int8, strided"),
+        ("single.pth sparse.pt out.png", "sparse.pt: expected floating, strided features, got float32, sparse_coo"),
+        ("single.pth nothing.pt out.png", "level 0: expected features [N, 4, H, W] for these tokens, got [2, 4, 0, 6]"),
+        ("single.pth nan.pt out.png", "level 0: the features hold values that are not finite"),
+        ("nan.pth features.pt out.png --level 1", "level 1: the tokens hold values that are not finite"),
         ("tokens.pth level.npy out.png", "the tokens have 2 level(s), the features 1"),
         ("single.pth features.pt out.png", "the tokens have 1 level(s), the features 2"),
         ("tokens.pth features.pt out.png --level 2", "--level: the tokens have levels 0 to 1, got 2"),
@@ -267,6 +291,10 @@ def test_masks(capsys, folder, arguments, said):
         (
             "TAUGHT a_teacher:x --layer neck",
             "--teacher: a_teacher:x: module 'a_teacher",
+        ),
+        (
+            "TAUGHT wrong_syntax:teacher --layer neck",
+            "--teacher: wrong_syntax:teacher: importing it raised SyntaxError",
         ),
         (
             "TAUGHT a_teacher:broken --layer neck",

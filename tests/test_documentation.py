@@ -38,11 +38,11 @@ def packages(page):
 def run_blocks(page, folder, monkeypatch):
     """A page's Python, in its order, as one reader runs it: what is defined in the end.
 
-    In a folder of its own, beside a copy of the files that ``examples/`` has under the page's name.
+    In a folder of its own, beside a copy of the files that ``examples/configs/`` has under the page's name.
     """
     for name in packages(page):
         pytest.importorskip(name, reason="by `make test-models`")
-    files = ROOT / "examples" / Path(page).stem
+    files = ROOT / "examples" / "configs" / Path(page).stem
     if files.is_dir():
         shutil.copytree(files, folder, dirs_exist_ok=True)
     monkeypatch.chdir(folder)
@@ -84,7 +84,46 @@ def test_training(tmp_path):
     subprocess.run([sys.executable, script], cwd=tmp_path, env={**os.environ, **ranks, "PYTHONPATH": path}, check=True)
 
 
-BY_THEMSELVES = ("README.md", "docs/frameworks.md", "docs/training.md")
+@pytest.mark.slow
+def test_commands_page(tmp_path, monkeypatch, capsys):
+    """Python and commands in the page's order; those that take long have tests of their own, and are only read."""
+    for package in ("torchvision", "matplotlib"):
+        pytest.importorskip(package)
+    page = "docs/commands.md"
+    teacher = blocks(page, "python")[1]
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "models.py").write_text(teacher)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    names, run = {"__name__": "page"}, []
+    for language, block in re.findall(r"^```(python|bash)\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M):
+        if language == "python":
+            exec(compile(block, page, "exec"), names)
+            continue
+        for _, command, *options in commands(block):
+            if command in ("info", "masks", "convert"):
+                assert cli.main([command, *options]) == 0, capsys.readouterr().err
+                run.append(command)
+    assert (len(run), run.count("masks")) == (12, 3)
+    assert {"masks.png", "cityscapes.pth", "pyramid.pth"} <= {path.name for path in tmp_path.iterdir()}
+    written = torch.load("pyramid.pth", weights_only=True)
+    assert all(torch.equal(written[name], x) for name, x in names["loss_fn"].named_parameters())
+    for name in ("project", "project.models"):
+        sys.modules.pop(name)
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "bench", "masks", "convert", "demo"])
+def test_examples_of_the_help_are_in_the_page(capsys, command):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([command, "--help"])
+    _, _, examples = capsys.readouterr().out.partition("examples:\n")
+    lines = "".join(blocks("docs/commands.md", "bash")).splitlines()
+    shown = {line.partition("  #")[0].strip() for line in lines}
+    assert {re.split("  +", line.strip())[0] for line in examples.splitlines()} <= shown
+
+
+BY_THEMSELVES = ("README.md", "docs/commands.md", "docs/frameworks.md", "docs/training.md")
 OTHERS = [page for page in PAGES if page not in BY_THEMSELVES and blocks(page, "python")]
 
 
@@ -121,8 +160,7 @@ def check_command(words):
     elif program == "make":
         assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.M), rest[0]
     elif program == "maskd-kernels":
-        with pytest.raises(SystemExit, match="0"):
-            cli.main([rest[0], "--help"])
+        assert cli.parser().parse_args(rest).command == rest[0]
     elif program == "python" and rest[0] == "-m":
         assert (ROOT / rest[1].replace(".", "/")).with_suffix(".py").exists() or (ROOT / rest[1]).is_dir(), rest[1]
     else:
@@ -150,11 +188,14 @@ def test_links(page):
             assert anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], anchor
 
 
-def test_every_page_is_in_the_site():
+def test_every_page_is_in_the_site(monkeypatch):
+    """But the tables that programs write, and pages take up."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.document import RESULTS_OF_RUNS
+
     config = (ROOT / "mkdocs.yml").read_text()
-    for page in PAGES[1:]:
-        name = page.removeprefix("docs/")
-        assert f": {name}\n" in config or name == "demo/results.md", f"{page}: mkdocs.yml has no line for it under nav"
+    for name in sorted({page.removeprefix("docs/") for page in PAGES[1:]} - set(RESULTS_OF_RUNS)):
+        assert f": {name}\n" in config, f"docs/{name}: mkdocs.yml has no line for it under nav"
 
 
 def test_every_public_name_is_in_the_reference():

@@ -1,18 +1,21 @@
-"""Imports point one way: no module needs, directly or not, one that needs it."""
+"""Imports point one way: no module needs, directly or not, one that needs it, nor one of a layer above its own."""
 
 import ast
 import graphlib
+import re
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
 
-def imports(packages: list[str]) -> dict[str, set[str]]:
-    """What each module of the packages imports of them, anywhere in its text."""
+def imports(folder: Path, *packages: str) -> dict[str, set[str]]:
+    """What each module of the packages in a folder, or of its scripts, imports of them, anywhere in its text."""
+    paths = [path for package in packages for path in (folder / package).rglob("*.py")] or folder.glob("*.py")
     names = {}
-    for package in packages:
-        for path in (ROOT / package).rglob("*.py"):
-            names[".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")] = path
+    for path in paths:
+        names[".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")] = path
     found = {}
     for name, path in names.items():
         found[name] = set()
@@ -29,6 +32,29 @@ def imports(packages: list[str]) -> dict[str, set[str]]:
 
 
 def test_no_module_imports_itself_by_way_of_others():
-    needs = imports(["maskd_kernels", "bench"])
+    needs = imports(ROOT, "maskd_kernels", "bench")
     assert needs["maskd_kernels.functional"] >= {"maskd_kernels.validation", "maskd_kernels.ops.maskd_loss"}
+    assert needs["bench.__main__"]
     graphlib.TopologicalSorter(needs).prepare()  # CycleError names the circle
+
+
+@pytest.mark.parametrize("folder", ["examples", "tests", "docs"])
+def test_no_script_imports_itself_by_way_of_others(folder):
+    needs = imports(ROOT / folder)
+    assert folder == "docs" or any(needs.values())
+    graphlib.TopologicalSorter(needs).prepare()
+
+
+def test_no_module_imports_from_a_layer_above_its_own():
+    """The layers are those that CONTRIBUTING names; what it does not name has none, nor has ``ops/layout.py``."""
+    order = re.search(r"^`(cli → .*)`", (ROOT / "CONTRIBUTING.md").read_text(), re.M)[1]
+    layers = {name: height for height, names in enumerate(order.split("→")) for name in re.findall(r"\w+", names)}
+    assert layers["cli"] < layers["commands"] < layers["integrations"] < layers["distill"] < layers["ops"]
+
+    def layer(module):
+        return layers.get(module.split(".")[1] if "." in module else "")
+
+    for module, needed in imports(ROOT, "maskd_kernels").items():
+        for other in needed - {"maskd_kernels.ops.layout"}:
+            above = None not in (layer(module), layer(other)) and layer(other) < layer(module)
+            assert not above, f"{module} imports {other}"

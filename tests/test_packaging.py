@@ -76,6 +76,7 @@ def test_install_builds_the_extension_without_torch(tmp_path):
     with tarfile.open(archive) as packed:
         names = {name.partition("/")[2] for name in packed.getnames()}
     assert names >= {"LICENSE", "CITATION.cff", "CHANGELOG.md", "CMakeLists.txt", "tests/kernels/check.cpp"}
+    assert not any(name.startswith("tests/") and name.endswith(".py") for name in names)  # nor what these need
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,4 +77,5 @@ def write(checkpoint: object, out: Path) -> None:
         raise OSError(error.errno, error.strerror, str(out)) from None
     finally:
         if part != target:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()

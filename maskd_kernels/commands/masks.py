@@ -38,13 +38,22 @@ def read_features(path: Path) -> list[Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read as saved features: {str(error).splitlines()[0]}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: cannot be read as saved features: {reason}") from None
     if (isinstance(content, Tensor) and content.dim() == 2) or not isinstance(content, (Tensor, Mapping, list, tuple)):
         raise ValueError(f"{path}: expected features [N, C, H, W], or a list or dict of them, got {kind(content)}")
     try:
-        return [x.detach() for x in as_levels(content, str(path)).values()]
+        if isinstance(content, Tensor) and content.dim() > 2:
+            levels = [content]
+        else:
+            levels = list(as_levels(content, str(path)).values())
     except TypeError as error:
         raise ValueError(str(error)) from None
+    for x in levels:
+        if not x.is_floating_point() or x.layout != torch.strided:
+            got = f"{str(x.dtype)[6:]}, {str(x.layout)[6:]}"
+            raise ValueError(f"{path}: expected floating, strided features, got {got}")
+    return [x.detach() for x in levels]
 
 
 def read_image(path: Path) -> Tensor:
@@ -56,7 +65,7 @@ def read_image(path: Path) -> Tensor:
         ImportError: Pillow is not installed.
     """
     try:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise ImportError('reading images needs Pillow: pip install "maskd-kernels[plot]"') from error
     content = path.read_bytes()
@@ -64,8 +73,9 @@ def read_image(path: Path) -> Tensor:
         with Image.open(io.BytesIO(content)) as image:
             data, (width, height) = bytearray(image.convert("RGB").tobytes()), image.size
     except Exception as error:  # decoders raise whatever they like
+        why = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
         endings = ", ".join(FEATURE_FILES)
-        raise ValueError(f"{path}: expected an image, or features in a file that ends in {endings} ({error})") from None
+        raise ValueError(f"{path}: expected an image, or features in a file that ends in {endings} ({why})") from None
     return torch.frombuffer(data, dtype=torch.uint8).reshape(height, width, 3).movedim(-1, 0)
 
 
@@ -85,6 +95,8 @@ def load_model(spec: str) -> nn.Module:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--teacher: {spec}: {error}") from None
+    except Exception as error:  # the module's own
+        raise RuntimeError(f"--teacher: {spec}: importing it raised {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove("")
     try:
@@ -120,7 +132,7 @@ def chosen_level(levels: list[Tensor], tokens: list[Tensor], level: int, one_lev
     x = levels[level if len(levels) > 1 else 0]
     x = x[None] if x.dim() == 3 else x
     channels = tokens[level].shape[1]
-    if x.dim() != 4 or x.shape[1] != channels:
+    if x.dim() != 4 or x.shape[1] != channels or 0 in x.shape[2:]:
         raise ValueError(f"level {level}: expected features [N, {channels}, H, W] for these tokens, got {kind(x)}")
     return x
 
@@ -152,7 +164,7 @@ def masks(
         What was written.
 
     Raises:
-        ValueError: files that do not hold what they should, or do not fit each other.
+        ValueError: files that do not hold what they should, or do not fit each other; values that are not finite.
         OSError: a file that cannot be read or written.
         ImportError: matplotlib is not installed.
     """
@@ -171,6 +183,9 @@ def masks(
     if not 0 <= index < len(x):
         raise ValueError(f"--index: the features hold {len(x)} image(s), got {index}")
     own, features = tokens[level or 0].float(), x[index : index + 1].float()
+    for what, values in (("features", features), ("tokens", own)):
+        if not values.isfinite().all():
+            raise ValueError(f"level {level or 0}: the {what} hold values that are not finite")
     found = receptive_masks(features, own)[0]
     plot_masks(features[0].abs().mean(0, keepdim=True) if shown is None else shown, found, out)
     k, height, width = found.shape

@@ -33,8 +33,8 @@ class Settings:
     batch: int = 16
     teacher_steps: int = 750
     token_steps: int = 600  # on the head alone, a tenth of a student's step each
-    student_steps: int = 260
-    trial_steps: int = 100  # of the students that choose a loss weight
+    student_steps: int = 450
+    trial_steps: int = 200  # of the students that choose a loss weight
     teacher_learning_rate: float = 3e-3
     student_learning_rate: float = 1e-2
     block_learning_rate: float = 1e-3  # of MGD's and AMD's generation blocks: at a student's, they die in some runs
@@ -42,7 +42,7 @@ class Settings:
     num_tokens: int = 6
     mgd_lambda: float = 0.3  # share of pixels masked: less than as released, as levels have 4x4 to 16x16 of them
     amd_threshold: float = 2.0  # of attention; 1, the average pixel's, masks most of a digit
-    loss_weights: tuple[float, ...] = (0.5, 2.0)
+    loss_weights: tuple[float, ...] = (0.5, 2.0, 8.0)
     seeds: tuple[int, ...] = (0, 1, 2)
 
 

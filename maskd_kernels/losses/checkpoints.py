@@ -51,7 +51,8 @@ def read_state(source: Source, argument: str = "pretrained") -> dict[str, Tensor
             raise IsADirectoryError(f"{argument}: expected a checkpoint file, got a folder: {name}") from None
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
             raise ValueError(
-                f"{argument}: {name} cannot be read as a checkpoint of tensors alone (weights_only=True): {error}"
+                f"{argument}: {name} cannot be read as a checkpoint of tensors alone (weights_only=True): "
+                f"{str(error) or type(error).__name__}"
             ) from error
     if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get("state_dict"), Mapping):
         checkpoint = checkpoint["state_dict"]
@@ -149,8 +150,10 @@ def read_tokens(source: Source) -> list[dict[str, Tensor]]:
 
 
 def _check_level(level: Mapping[str, Tensor], where: str) -> None:
-    if level["mask_token"].dim() != 2 or not level["mask_token"].is_floating_point():
-        raise ValueError(f"{where}: expected mask_token [K, C], floating, got {list(level['mask_token'].shape)}")
+    tokens = level["mask_token"]
+    if tokens.dim() != 2 or not tokens.numel() or not tokens.is_floating_point() or tokens.layout != torch.strided:
+        found = f"{list(tokens.shape)}, {str(tokens.dtype)[6:]}, {str(tokens.layout)[6:]}"
+        raise ValueError(f"{where}: expected mask_token [K, C], floating, strided, got {found}")
     k, c = level["mask_token"].shape
     weighting = {
         "prob.0.weight": [c, c, 3, 3],
