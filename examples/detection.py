@@ -59,7 +59,7 @@ SMALL = {
     "salient": 1.5,
 }
 # Loss weights on the generated set: examples/study.py chose them on validation pictures.
-SMALL_WEIGHTS = {"mse": 0.25, "maskd": 0.25, "mgd": 1.0, "amd": 1.0}
+SMALL_WEIGHTS = {"mse": 0.25, "maskd": 1.0, "mgd": 16.0, "amd": 4.0}
 PAPERS = {
     "detector": "retinanet",
     "teacher_backbone": "resnet101",
