@@ -27,12 +27,12 @@ class TokenTrainer(FrozenTeacher):
     The teacher's own task loss, plus the Dice coefficient between the masks that keeps tokens apart, is all the
     supervision. The teacher is frozen: eval mode, no parameter gradients, no part of ``state_dict()`` and parameters.
 
-    What good values look like, level by level: the Dice coefficient falls below 0.1; the mean mask stays between 0.1 and
-    0.5; single masks have other means where the objects are than elsewhere; the task loss comes down to what it is
-    without masks. Masks close to 0 or to 1 everywhere show nothing: a tenth of the learning rate keeps them apart. Where
-    the task loss was never higher, the teacher does not feel its masks (heads that normalise their input undo a mask
-    that is the same everywhere). Leave masks unweighted where the weights (``MaskModule.forward_prob``) go to a mask
-    that covers everything: the loss is then the plain squared error. docs/study.md has both measured.
+    What good values look like, level by level: the Dice coefficient falls below 0.1; the mean mask stays between 0.1
+    and 0.5; single masks have other means where the objects are than elsewhere; the task loss comes down to what it
+    is without masks. Masks close to 0 or to 1 everywhere show nothing: a tenth of the learning rate keeps them apart.
+    Where the task loss was never higher, the teacher does not feel its masks (heads that normalise their input undo a
+    mask that is the same everywhere). Leave masks unweighted where the weights (``MaskModule.forward_prob``) go to a
+    mask that covers everything: the loss is then the plain squared error. docs/study.md has both measured.
 
     Args:
         teacher: a trained model.
