@@ -69,7 +69,7 @@ class Distiller(FrozenTeacher):
             forward ends as soon as every tapped layer has run, without heads and whatever else follows.
 
     How often a layer of the teacher runs is learned in a first, whole forward for each form of inputs (batch size,
-    number of images, flags). The teacher runs whole where the end would cut off forward hooks of others, where a tapped
+    number of images, flags) and checked in one for each of its first eight image sizes. The teacher runs whole where the end would cut off forward hooks of others, where a tapped
     layer is inside ``torch.compile`` (a warning says so), and for good once a layer has run more or less often.
 
     Raises:
@@ -119,6 +119,7 @@ class Distiller(FrozenTeacher):
         self._built = not any(tap.builds_align for tap in self.taps)
         self._removed = False
         self._shards_checked = False
+        self._gradient_checked = False
         self._refuse_wrapped_student()
         with self._teacher_in_eval():
             pass
@@ -201,6 +202,9 @@ class Distiller(FrozenTeacher):
         output, call = self._run(args, kwargs)
         if not self._built:
             self._build_late(call)
+        if torch.is_grad_enabled() and not self._gradient_checked:
+            self._warn_of_no_gradient(call)
+            self._gradient_checked = True
         losses: dict[str, Tensor] = {}
         raw: dict[str, Tensor] = {}
         for i, (tap, pair) in enumerate(zip(self.taps, self._pairs, strict=True)):
@@ -342,6 +346,18 @@ class Distiller(FrozenTeacher):
             f"{what}; make the optimizer from trainable_parameters() after it, or give Distiller example_inputs",
             stacklevel=3,
         )
+
+    def _warn_of_no_gradient(self, call: _Call) -> None:
+        if not any(p.requires_grad for p in self.student.parameters()):
+            return
+        for i, pair in enumerate(self._pairs):
+            student, _, _ = self._features(i, call)
+            if not any(s.requires_grad for s in student):
+                warnings.warn(
+                    f"{pair.label}: the student's features have no gradient, so that this loss trains nothing of it: "
+                    "all layers before are frozen, or they run in a checkpoint with use_reentrant=True (use False)",
+                    stacklevel=3,
+                )
 
     def _refuse_wrapped_student(self) -> None:
         parameters = [*self.aligns.parameters(), *self.losses.parameters()]

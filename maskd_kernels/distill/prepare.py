@@ -112,6 +112,9 @@ def prepare_teacher(
     held = [x for layer in inner.modules() for x in vars(layer).values() if isinstance(x, Tensor) and not x.is_leaf]
     detached = {id(x): x.detach().clone() for x in held}  # results that layers keep: they cannot be copied
     model = copy.deepcopy(inner, detached).eval().requires_grad_(False)
+    if isinstance(model, _UnderAutocast):  # prepared before
+        dtype = dtype or model.half_dtype
+        model.__class__ = type(model).__mro__[2]
     before = _features(model, names, example_inputs)
 
     report, checks = Preparation(), list[_Check]()
@@ -442,13 +445,27 @@ def _to_half(model: nn.Module, dtype: torch.dtype) -> None:
 
 class _UnderAutocast(nn.Module):
     half_dtype: torch.dtype
+    preparation: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(next(self.parameters()).device.type, dtype=self.half_dtype):
             return super().forward(*args, **kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        plain = self._plain()
+        copied = _again_under_autocast(copy.deepcopy(plain, memo), self.half_dtype, self.preparation)
+        memo[id(self)] = copied
+        return copied
+
     def __reduce_ex__(self, _protocol: Any) -> Any:
-        return _new_under_autocast, (type(self).__mro__[2],), self.__dict__
+        return _again_under_autocast, (self._plain(), self.half_dtype, self.preparation)
+
+    def _plain(self) -> nn.Module:
+        """The same model of its own class, which knows how to copy itself (an ``fx.GraphModule`` has a way of its own)."""
+        model_class = type(self).__mro__[2]
+        plain = model_class.__new__(model_class)
+        plain.__dict__ = self.__dict__
+        return plain
 
 
 @functools.cache
@@ -456,9 +473,10 @@ def _under_autocast(model_class: Any) -> Any:
     return type(model_class.__name__, (_UnderAutocast, model_class), {})
 
 
-def _new_under_autocast(model_class: Any) -> Any:
-    made = _under_autocast(model_class)
-    return made.__new__(made)
+def _again_under_autocast(model: Any, half_dtype: torch.dtype, preparation: Preparation) -> Any:
+    model.half_dtype, model.preparation = half_dtype, preparation
+    model.__class__ = _under_autocast(type(model))
+    return model
 
 
 def _lay_channels_last(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from maskd_kernels.distill.features import map_tensors, tensors_in, unwrap
-from maskd_kernels.distill.stopping import ForwardEnd, Plan, Watch, form
+from maskd_kernels.distill.stopping import ForwardEnd, Plan, Watch, form, sizes
 
 _ENDED: Any = object()
 _PLANS = 64  # forms of inputs that are remembered
+_SIZES = 8  # of one form, in which a model runs whole to see that the size does not decide how often layers run
 
 
 class _EndNotBorneError(Exception):
@@ -41,7 +43,10 @@ class Recorder:
     are copied, and a change of any other is an error.
 
     Where the output is not wanted, the forward ends as soon as the layers have run. How often each does is learned, for
-    each form of inputs, in a forward that runs whole; where another one finds it otherwise, all later ones run whole.
+    each form of inputs, in a forward that runs whole, and seen again in the first one of each other image size, up to
+    eight; where one of them or a later forward finds it otherwise, all later ones run whole.
+
+    Forwards of the model in other threads are none of its business.
 
     Args:
         model: what will run.
@@ -54,9 +59,13 @@ class Recorder:
         self.names = list(dict.fromkeys(names))
         self._records: dict[str, list[tuple[Any, list[_Kept]]]] | None = None  # of the forward under way
         self._copied: set[tuple[str, int]] = set()  # layer, number of the tensor in its output
-        self._learned: set[bool] = set()
+        self._learned: set[tuple[bool, bool]] = (
+            set()
+        )  # training, in inference mode: nothing is learned there for others
         self._learning = False
         self._plans: dict[tuple[bool, Hashable], Plan | None] = {}
+        self._sizes: dict[tuple[bool, Hashable], set[Hashable]] = {}  # that a plan has been seen to hold for
+        self._thread = 0  # of the forward under way
         self._plan: Plan | None = None  # of the forward under way
         self._awaited: set[str] = set()
         self._ended = False
@@ -106,14 +115,15 @@ class Recorder:
         Raises:
             RuntimeError: an in-place operation changed a layer's output in this forward, and in none before.
         """
-        learn = learn or model.training not in self._learned
-        key = (model.training, form(args, kwargs))
+        mode = (model.training, torch.is_inference_mode_enabled())
+        learn = learn or mode not in self._learned
+        key, size = (model.training, form(args, kwargs)), sizes(args, kwargs)
         ends = not output and not self._runs_whole(model)
-        watch = Watch() if ends and (learn or key not in self._plans) else None
+        watch = Watch() if ends and (learn or not self._planned(key, size)) else None
         plan = self._plans[key] if ends and watch is None else None
         if plan is not None and not plan.spares_hooks(model):
             plan = None
-        self._records, self._learning, self._ended = {}, learn, False
+        self._records, self._learning, self._ended, self._thread = {}, learn, False, threading.get_ident()
         self._plan, self._awaited = plan, set(plan.awaited) if plan is not None else set()
         try:
             result = self._forward(model, args, kwargs, watch)
@@ -123,14 +133,29 @@ class Recorder:
             return self.run(model, args, kwargs, learn=learn, output=output)
         finally:
             self._records, self._plan = None, None
-        self._learned.add(model.training)
+        self._learned.add(mode)
         if watch is not None:
-            if len(self._plans) >= _PLANS:
-                self._plans.pop(next(iter(self._plans)))
-            self._plans[key] = watch.plan(self.names)
+            self._plan_for(key, size, watch.plan(self.names), anew=learn)
         if plan is not None and result is not _ENDED:  # layers ran more or less often, or it caught the end
             self._whole = True
         return (None if result is _ENDED else result), records
+
+    def _planned(self, key: tuple[bool, Hashable], size: Hashable) -> bool:
+        if key not in self._plans:
+            return False
+        seen = self._sizes[key]
+        return self._plans[key] is None or size in seen or len(seen) >= _SIZES
+
+    def _plan_for(self, key: tuple[bool, Hashable], size: Hashable, plan: Plan | None, anew: bool) -> None:
+        if anew or key not in self._plans:
+            if len(self._plans) >= _PLANS:
+                del self._sizes[oldest := next(iter(self._plans))], self._plans[oldest]
+            self._plans[key], self._sizes[key] = plan, {size}
+            return
+        before = self._plans[key]
+        self._sizes[key].add(size)
+        if before is None or plan is None or (plan.runs, plan.awaited) != (before.runs, before.awaited):
+            self._whole = True
 
     def _runs_whole(self, model: nn.Module) -> bool:
         """Whether it cannot end early. Hooks that are compiled would have to end compiled code."""
@@ -170,14 +195,20 @@ class Recorder:
     def record(self, name: str, output: Any) -> None:
         """Called by the hooks."""
         records = self._records
-        if records is None or self._ended:  # somebody else's call, or a checkpoint that runs its layers again
+        if records is None or self._ended or self._elsewhere():  # or a checkpoint that runs its layers again
             return
         kept = [self._kept(x, (name, i) in self._copied) for i, x in enumerate(tensors_in(output))]
         records.setdefault(name, []).append((output, kept))
         if self._plan is not None:
             self._ran(name)
 
+    def _elsewhere(self) -> bool:
+        """Whether this is somebody else's forward, in another thread."""
+        return not torch.compiler.is_compiling() and threading.get_ident() != self._thread
+
     def _ran(self, name: str) -> None:
+        if self._elsewhere():
+            return
         self._awaited.discard(name)
         plan, records = self._plan, self._records
         if plan is None or records is None or self._awaited or self._ended:

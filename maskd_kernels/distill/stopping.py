@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from maskd_kernels.distill.features import unwrap
+from maskd_kernels.distill.features import tensors_in, unwrap
 
 
 class ForwardEnd(BaseException):
@@ -127,6 +127,11 @@ def form(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
     """
     flags = tuple(value if isinstance(value, (int, str)) else None for value in (*args, *kwargs.values()))
     return flags, tuple(_form(value) for value in args), tuple((key, _form(value)) for key, value in kwargs.items())
+
+
+def sizes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
+    """Of a call's arguments, what ``form`` leaves out of their images: all axes after the first."""
+    return tuple(x.shape[1:] for x in tensors_in((tuple(args), dict(kwargs))) if x.dim() >= 3)
 
 
 def _form(inputs: Any, annotation: bool = False) -> Hashable:

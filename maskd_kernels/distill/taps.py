@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -232,6 +232,8 @@ class Tap:
             check_number(self.weight, "weight")
         if isinstance(self.align, str) and self.align != "auto":
             raise ValueError(f"align: expected 'auto', None or modules, got {self.align!r}")
+        if isinstance(self.align, Iterator):
+            self.align = list(self.align)  # it can be read once, and a tap belongs to any number of distillers
         self.side(self.student)
         self.side(self.teacher)
 

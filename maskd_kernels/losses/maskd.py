@@ -188,7 +188,8 @@ class MasKDLoss(nn.Module):
         customize: bool | Tensor = False
         if self.custom_mask:
             customize = self._iter >= self.custom_mask_warmup
-            self._iter += 1
+            if not torch._C._are_functorch_transforms_active():  # which let nothing be changed
+                self._iter += 1
         loss = functional.maskd_loss(
             [y_s] if isinstance(y_s, Tensor) else y_s,
             [y_t] if isinstance(y_t, Tensor) else y_t,

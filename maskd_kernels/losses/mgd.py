@@ -167,7 +167,8 @@ class MGDLoss(GenerativeLoss):
         """Random masks, all levels drawn at once where the features are."""
         shapes = [self._mask_shape(t) for t in teacher]
         sizes = [math.prod(shape[1:]) for shape in shapes]
-        uniform = torch.rand(shapes[0][0], sum(sizes), device=teacher[0].device, generator=generator)
+        own = {} if generator is None else {"generator": generator}  # torch.compile takes none with sizes that vary
+        uniform = torch.rand(shapes[0][0], sum(sizes), device=teacher[0].device, **own)
         keep = uniform >= self.lambda_mgd if self.mask_on_channel else uniform <= 1 - self.lambda_mgd
         return [k.reshape(shape) for k, shape in zip(keep.split(sizes, 1), shapes, strict=True)]
 
