@@ -1,23 +1,28 @@
 """Triton kernels of ``receptive_stats``.
 
-Forward equation, gradients and traffic: csrc/receptive_stats.h and reference.py. One program takes a tile
-of pixels of one image on one level and walks its channels; tokens are padded to
-the 16 rows that ``tl.dot`` wants. Everything accumulates in float32, and products keep float32's accuracy on tensor
-cores by three TF32 products each (``tf32x3``); one does only where it is exact. Each program writes its own partial
-sums and a second kernel adds them in a fixed order, so that results are bitwise repeatable. Offsets are
-64-bit. No autotuning, and nothing recompiles when image sizes change.
+Forward equation, gradients and traffic: csrc/receptive_stats.h and reference.py. One program takes a tile of pixels of
+one image on one level and walks its channels, ``GROUPS x CHANNELS`` of them at a step: those of a group lie within a
+thread, so that sums over channels stay in registers, pixel by pixel, until the walk ends; only then are groups, of
+other lanes and warps, added up. So few tokens are served by plain multiply-adds; many take tensor cores, with
+float32's accuracy by three TF32 products each (``tf32x3``).
+
+Sums over a channel's pixels are those of whole tiles; what taps of the weighting's convolution miss, the borders of
+the image, programs of their own add up. Each program writes its own partial sums and a second kernel adds them in a
+fixed order, so that results are bitwise repeatable. Float32 arithmetic. Offsets are 64-bit. No autotuning, and nothing
+recompiles when image sizes change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from maskd_kernels.ops import layout
-from maskd_kernels.reference import TAPS, ReceptiveStats
+from maskd_kernels.reference import ReceptiveStats
 from maskd_kernels.triton.common import (
     NARROW_STREAM_C,
     STREAM_C,
@@ -28,6 +33,7 @@ from maskd_kernels.triton.common import (
     aligned,
     as_levels,
     channel_alignment,
+    decode,
     encode,
     feature_offsets,
     integer,
@@ -43,8 +49,610 @@ from maskd_kernels.triton.common import (
     runs,
     strides_of,
 )
+from maskd_kernels.triton.streams import is_wide
 
 PRECISION = tl.constexpr("tf32x3")
+LINES = tl.constexpr(8)  # of an image's border: first row, last row, first column, last column; their corners
+
+
+class Step(NamedTuple):
+    """Of the walk over channels, as constants of a kernel."""
+
+    GROUPS: int  # of channels, each walked by lanes or warps of its own; 0: by tensor cores
+    CHANNELS: int  # of a group
+    TOKENS: int  # of these: whose tokens are in registers at a time
+    PIXELS: int  # of a tile
+    WARPS: int
+    INTERLEAVED: bool  # the teacher's layout
+    EVEN: bool  # channels fill whole steps, and need no mask
+    ALL: int  # the channels of every level; 0: they differ
+    DENSE: bool  # rows of channels follow each other
+
+
+class Features(NamedTuple):
+    """What the kernels read, of each level."""
+
+    teacher: Any  # [N, C, P]
+    student: Any  # [N, C, P]
+    tokens: Any  # [K, C]
+    teacher_strides: Any
+    student_strides: Any
+
+
+class Results(NamedTuple):
+    """Of the forward pass."""
+
+    masks: Any  # [N, K, total P]; logits, until they are complete
+    teacher_masks: Any  # [N, K, total P]
+    distance: Any  # [N, total P]
+    borders: Any  # [N, LINES, total C]
+    partials: Any  # [N * tiles, row_size]: mass, error, gram, and from SUMS_AT on channel sums, [rows, C]
+
+
+class Places(NamedTuple):
+    """Where levels lie in tensors that they share, encoded."""
+
+    widths: Any  # 0: not an image
+    pixel_offsets: Any
+    channel_offsets: Any
+    total_pixels: Any
+    total_channels: Any
+    row_size: Any  # of partial sums
+
+
+class Tile(NamedTuple):
+    """A program's share of a level."""
+
+    level: Any
+    n: Any  # int64
+    first: Any  # pixel
+    channels: Any
+    pixels: Any
+    column: Any  # of the first pixel, where levels share a tensor
+    group: Any  # [GROUPS, 1, 1] first channels of the first step
+    pixel: Any  # [1, PARTS, WIDTH] of the tile
+    exists: Any  # likewise
+
+
+class Plane(NamedTuple):
+    """A map of a level, where a program's walk begins."""
+
+    at: Any  # pointers: [GROUPS, PARTS, WIDTH], or with all channels of a thread [GROUPS, 1, PIXELS, CHANNELS]
+    rest: Any  # from a channel to the next
+    step: Any  # from one step's to the next's
+
+
+@triton.jit
+def tile_of(tile, levels, places, STEP: tl.constexpr, NARROW: tl.constexpr):
+    """This tile of the grid."""
+    level = level_of(tile, levels)
+    first = (tile - integer(levels.first_tile, level)) * STEP.PIXELS
+    channels, pixels = integer(levels.channels, level), integer(levels.pixels, level)
+    if STEP.ALL:
+        channels = STEP.ALL
+    elif STEP.INTERLEAVED and not NARROW:
+        channels = aligned(channels, WIDE)
+    WIDTH: tl.constexpr = 32 if NARROW and not STEP.INTERLEAVED else STEP.PIXELS
+    pixel = tl.arange(0, STEP.PIXELS // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    group = tl.arange(0, STEP.GROUPS) * STEP.CHANNELS
+    column = integer(places.pixel_offsets, level) + first
+    exists = first + pixel < pixels
+    n = tl.program_id(1).to(tl.int64)
+    return Tile(level, n, first, channels, pixels, column, group[:, None, None], pixel[None, :, :], exists[None, :, :])
+
+
+@triton.jit
+def plane_of(pointers, strides, tile, STEP: tl.constexpr, NARROW: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """A map of the tile's level: element by element, where it is not laid out as the tile is walked."""
+    pointer, stride_n = pick(pointers, tile.level), integer(strides.image, tile.level)
+    stride = integer(strides.rest, tile.level)
+    if NARROW or INTERLEAVED != STEP.INTERLEAVED:
+        stride = stride.to(tl.int64)
+        if INTERLEAVED:
+            at = pointer + (tile.n * stride_n + tile.first * stride) + (tile.group + tile.pixel * stride)
+            plane = Plane(at, 1, STEP.GROUPS * STEP.CHANNELS)
+        else:
+            at = pointer + (tile.n * stride_n + tile.first) + (tile.group * stride + tile.pixel)
+            plane = Plane(at, stride, STEP.GROUPS * STEP.CHANNELS * stride)
+    else:
+        # Bfloat16 in pairs, as the compiler's own way of widening two elements takes three instructions.
+        PAIR: tl.constexpr = 2 if pointer.dtype.element_ty == tl.bfloat16 else 1
+        ALIGN: tl.constexpr = WIDE // PAIR
+        if PAIR == 2:
+            pointer = pointer.to(tl.pointer_type(tl.int32), bitcast=True)
+        pointer += tile.n * aligned(stride_n // PAIR, ALIGN)
+        if INTERLEAVED:
+            if STEP.DENSE:
+                stride = STEP.ALL // PAIR
+            else:
+                stride = aligned(stride // PAIR, ALIGN).to(tl.int64)
+            SIZE: tl.constexpr = STEP.CHANNELS // PAIR
+            pixel = tl.arange(0, STEP.PIXELS)[None, None, :, None] * stride
+            channel = tl.arange(0, STEP.GROUPS)[:, None, None, None] * SIZE + tl.arange(0, SIZE)[None, None, None, :]
+            at = pointer + tile.first.to(tl.int64) * stride + (pixel + channel)
+            plane = Plane(at, 1, STEP.GROUPS * SIZE)
+        else:
+            stride = aligned(stride // PAIR, ALIGN).to(tl.int64)
+            pixel = tl.arange(0, STEP.PIXELS // PAIR)[None, None, :]
+            at = pointer + tile.first // PAIR + (tile.group * stride + pixel)
+            plane = Plane(at, stride, STEP.GROUPS * STEP.CHANNELS * stride)
+    return plane
+
+
+@triton.jit
+def widened(at, valid):
+    """What is there, in float32; of pairs of bfloat16, twice as many along the last axis."""
+    if at.dtype.element_ty == tl.int32:
+        both = tl.load(at, mask=valid, other=0)
+        both = tl.join(both << 16, both & -65536).to(tl.float32, bitcast=True)
+        if len(at.shape) == 4:
+            value = tl.reshape(both, [at.shape[0], at.shape[1], at.shape[2], 2 * at.shape[3]])
+        else:
+            value = tl.reshape(both, [at.shape[0], at.shape[1], 2 * at.shape[2]])
+    else:
+        value = tl.load(at, mask=valid, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def entries(x):
+    """A tuple of what lies along the last axis, which is within a thread: nothing moves."""
+    if x.shape[len(x.shape) - 1] == 1:
+        result = (tl.sum(x, len(x.shape) - 1),)
+    else:
+        HALF: tl.constexpr = x.shape[len(x.shape) - 1] // 2
+        if len(x.shape) == 4:
+            even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2], HALF, 2]))
+        else:
+            even, odd = tl.split(tl.reshape(x, [x.shape[0], HALF, 2]))
+        even, odd = entries(even), entries(odd)
+        result = ()
+        for i in tl.static_range(HALF):
+            result = result + (even[i], odd[i])
+    return result
+
+
+@triton.jit
+def stacked(x, FIRST: tl.constexpr, STRIDE: tl.constexpr):
+    """[A, B, n] of a tuple's n entries [A, B] from the first on, by this stride: what ``entries`` takes apart."""
+    if FIRST + STRIDE >= len(x):
+        result = x[FIRST][:, :, None]
+    else:
+        both = tl.join(stacked(x, FIRST, 2 * STRIDE), stacked(x, FIRST + STRIDE, 2 * STRIDE))
+        result = tl.reshape(both, [both.shape[0], both.shape[1], 2 * both.shape[2]])
+    return result
+
+
+@triton.jit
+def present(start, tile, STEP: tl.constexpr, NARROW: tl.constexpr):
+    """Which elements there are of each group's channel ``start`` on, [GROUPS, 1 or PARTS, 1 or WIDTH]."""
+    if STEP.EVEN:
+        valid = tl.full(tile.group.shape, 1, tl.int1)
+    else:
+        valid = start + tile.group < tile.channels
+    if NARROW:
+        valid = valid & tile.exists
+    return valid
+
+
+@triton.jit
+def element(vectors, plane, at, j: tl.constexpr, valid):
+    """A step's channel j of each group."""
+    if len(at.shape) == 4:
+        value = vectors[j]
+    else:
+        value = widened(at + j * plane.rest, valid)
+    return value
+
+
+@triton.jit
+def vectors_at(at, valid):
+    """A step's channels, where a thread reads all of its own at once."""
+    if len(at.shape) == 4:
+        value = entries(widened(at, valid[:, :, :, None]))
+    else:
+        value = ()
+    return value
+
+
+@triton.jit
+def read_tokens(at, start, channels, K: tl.constexpr, STEP: tl.constexpr):
+    """K tuples of each token's next ``TOKENS`` entries, [GROUPS] each."""
+    result = ()
+    for k in tl.static_range(K):
+        if STEP.EVEN:
+            e = tl.load(at + k * channels)
+        else:
+            c = start + tl.arange(0, STEP.GROUPS)[:, None] * STEP.CHANNELS + tl.arange(0, STEP.TOKENS)[None, :]
+            e = tl.load(at + k * channels, mask=c < channels, other=0.0)
+        result = result + (entries(e),)
+    return result
+
+
+@triton.jit
+def over_pixels(x, STEP: tl.constexpr):
+    """Sums of [GROUPS, PARTS, WIDTH] over pixels, [GROUPS, rows]: a row of each warp where warps lie along pixels."""
+    if STEP.INTERLEAVED:
+        LANES: tl.constexpr = 32 // STEP.GROUPS
+        x = tl.reshape(x, [STEP.GROUPS, STEP.PIXELS // (LANES * STEP.WARPS), STEP.WARPS, LANES])
+        total = tl.sum(tl.sum(x, 1), 2)
+    else:
+        total = tl.sum(tl.sum(x, 1), 1)[:, None]
+    return total
+
+
+@triton.jit
+def walk(
+    features,
+    sums_to,
+    tile,
+    K: tl.constexpr,
+    HAS_STUDENT: tl.constexpr,
+    CUSTOMIZE: tl.constexpr,
+    SUMS: tl.constexpr,
+    STUDENT_INTERLEAVED: tl.constexpr,
+    STEP: tl.constexpr,
+    NARROW: tl.constexpr,
+):
+    """Sums over a group's channels, [GROUPS, PARTS, WIDTH] each: logits, the student's if customized, distance."""
+    t = plane_of(features.teacher, features.teacher_strides, tile, STEP, NARROW, STEP.INTERLEAVED)
+    s = plane_of(features.student, features.student_strides, tile, STEP, NARROW, STUDENT_INTERLEAVED)
+    t_at, s_at = t.at, s.at
+    channel = tl.arange(0, STEP.GROUPS)[:, None] * STEP.CHANNELS + tl.arange(0, STEP.TOKENS)[None, :]
+    e_at = pick(features.tokens, tile.level) + channel
+    CHANNELS: tl.constexpr = STEP.CHANNELS
+    ROWS: tl.constexpr = STEP.WARPS if STEP.INTERLEAVED else 1
+    to = tile.group + tl.arange(0, ROWS)[None, :, None] * tile.channels + tl.arange(0, STEP.CHANNELS)[None, None, :]
+    sums_to += to
+    sums = ()
+    for _ in tl.static_range(K + K * CUSTOMIZE + 1):
+        sums = sums + (tl.full([STEP.GROUPS, tile.pixel.shape[1], tile.pixel.shape[2]], 0.0, tl.float32),)
+    for start in range(0, tile.channels, STEP.GROUPS * STEP.CHANNELS):
+        valid = present(start, tile, STEP, NARROW)
+        ts = vectors_at(t_at, valid)
+        if HAS_STUDENT:
+            ss = vectors_at(s_at, valid)
+        totals = ()
+        for j in tl.static_range(CHANNELS):
+            if j % STEP.TOKENS == 0:
+                tokens = read_tokens(e_at + j, start + j, tile.channels, K, STEP)
+            valid = present(start + j, tile, STEP, NARROW)
+            x = element(ts, t, t_at, j, valid)
+            new = ()
+            for k in tl.static_range(K):
+                new = new + (sums[k] + tokens[k][j % STEP.TOKENS][:, None, None] * x,)
+            if HAS_STUDENT:
+                y = element(ss, s, s_at, j, valid)
+                if CUSTOMIZE:
+                    for k in tl.static_range(K):
+                        new = new + (sums[K + k] + tokens[k][j % STEP.TOKENS][:, None, None] * y,)
+                new = new + (sums[K + K * CUSTOMIZE] + (y - x) * (y - x),)
+            else:
+                new = new + (sums[K],)
+            if SUMS:
+                totals = totals + (over_pixels(x, STEP),)
+            sums = new
+        if SUMS:
+            c = start + tile.group + tl.arange(0, STEP.CHANNELS)[None, None, :]
+            if STEP.EVEN:
+                tl.store(sums_to, stacked(totals, 0, 1))
+            else:
+                tl.store(sums_to, stacked(totals, 0, 1), mask=c < tile.channels)
+        sums_to += STEP.GROUPS * STEP.CHANNELS
+        e_at += STEP.GROUPS * STEP.CHANNELS
+        t_at += t.step
+        s_at += s.step
+    return sums
+
+
+@triton.jit
+def walk_by_dot(
+    features,
+    sums_to,
+    tile,
+    K_PAD: tl.constexpr,
+    K: tl.constexpr,
+    HAS_STUDENT: tl.constexpr,
+    CUSTOMIZE: tl.constexpr,
+    SUMS: tl.constexpr,
+    STUDENT_INTERLEAVED: tl.constexpr,
+    STEP: tl.constexpr,
+    NARROW: tl.constexpr,
+):
+    """The same for many tokens: [K_PAD, PIXELS] logits, the student's likewise, [PIXELS] distance."""
+    k, p = tl.arange(0, K_PAD), tl.arange(0, STEP.PIXELS)
+    t = dot_plane(features.teacher, features.teacher_strides, tile, STEP, NARROW, STEP.INTERLEAVED)
+    s = dot_plane(features.student, features.student_strides, tile, STEP, NARROW, STUDENT_INTERLEAVED)
+    tokens = pick(features.tokens, tile.level)
+    logits = tl.full([K_PAD, STEP.PIXELS], 0.0, tl.float32)
+    student_logits = logits
+    d = tl.full([STEP.CHANNELS, STEP.PIXELS], 0.0, tl.float32)
+    t_at, s_at = t.at, s.at
+    for start in range(0, tile.channels, STEP.CHANNELS):
+        c = start + tl.arange(0, STEP.CHANNELS)
+        valid = (c < tile.channels)[:, None] & (tile.first + p < tile.pixels)[None, :]
+        x = tl.load(t_at, mask=valid, other=0.0).to(tl.float32)  # [CHANNELS, PIXELS]
+        e_at = k[:, None] * tile.channels + c[None, :]
+        e = tl.load(tokens + e_at, mask=(k < K)[:, None] & (c < tile.channels)[None, :], other=0.0)
+        logits = tl.dot(e, x, logits, input_precision=PRECISION)
+        if HAS_STUDENT:
+            y = tl.load(s_at, mask=valid, other=0.0).to(tl.float32)
+            d += (y - x) * (y - x)
+            if CUSTOMIZE:
+                student_logits = tl.dot(e, y, student_logits, input_precision=PRECISION)
+        if SUMS:
+            tl.store(sums_to + c, tl.sum(x, 1), mask=c < tile.channels)
+        t_at += t.step
+        s_at += s.step
+    return logits, student_logits, tl.sum(d, 0)
+
+
+@triton.jit
+def dot_plane(pointers, strides, tile, STEP: tl.constexpr, NARROW: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """A map of the tile's level, [CHANNELS, PIXELS] at a time."""
+    stride_n, stride = integer(strides.image, tile.level), integer(strides.rest, tile.level)
+    if not NARROW:
+        stride_n, stride = aligned(stride_n, WIDE), aligned(stride, WIDE)
+    c, p = tl.arange(0, STEP.CHANNELS), tile.first + tl.arange(0, STEP.PIXELS)
+    at = pick(pointers, tile.level) + feature_offsets(tile.n, c, p, stride_n, stride, INTERLEAVED)
+    step = STEP.CHANNELS
+    if not INTERLEAVED:
+        step = STEP.CHANNELS * stride.to(tl.int64)
+    return Plane(at, stride, step)
+
+
+@triton.jit
+def statistics(
+    out,
+    customize,
+    tile,
+    partial,
+    total_pixels,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    HAS_STUDENT: tl.constexpr,
+    CUSTOMIZE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Masks of the tile's logits, which lie where masks go, and sums over them. Threads divide them up anew."""
+    tl.debug_barrier()
+    k, p = tl.arange(0, K_PAD), tl.arange(0, STEP.PIXELS)
+    inside = tile.first + p < tile.pixels
+    real = (k < K)[:, None] & inside[None, :]
+    at = (tile.n * K + k[:, None]) * total_pixels + (tile.column + p)[None, :]
+    m = tl.load(out.masks + at, mask=real, other=0.0)
+    if CUSTOMIZE:
+        teacher = tl.load(out.teacher_masks + at, mask=real, other=0.0)
+    tl.debug_barrier()
+    m = tl.where(real, tl.sigmoid(m), 0.0)  # [K_PAD, PIXELS]
+    if CUSTOMIZE:
+        teacher = tl.where(real, tl.sigmoid(teacher), 0.0)
+        tl.store(out.teacher_masks + at, teacher, mask=real)
+        m = tl.where(tl.load(customize) != 0, teacher * m, teacher)
+    tl.store(out.masks + at, m, mask=real)
+    tl.store(partial + k, tl.sum(m, 1), mask=k < K)
+    if HAS_STUDENT:
+        d = tl.load(out.distance + tile.n * total_pixels + tile.column + p, mask=inside, other=0.0)
+        tl.store(partial + K + k, tl.sum(m * m * d[None, :], 1), mask=k < K)
+    if K_PAD < 16:
+        gram = tl.sum(m[:, None, :] * m[None, :, :], 2)
+    else:
+        gram = tl.dot(m, tl.trans(m), input_precision=PRECISION)
+    tl.store(partial + 2 * K + k[:, None] * K + k[None, :], gram, mask=(k < K)[:, None] & (k < K)[None, :])
+
+
+@triton.jit
+def border(pointers, strides, borders, levels, places, index, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Sums over one of the lines of an image's border, of some channels."""
+    n = tl.program_id(1).to(tl.int64)
+    line = index % LINES
+    level = index // LINES % len(levels.channels)
+    c = index // (LINES * len(levels.channels)) * BLOCK + tl.arange(0, BLOCK)
+    width, pixels = integer(places.widths, level), integer(levels.pixels, level)
+    last = tl.where((line == 1) | (line >= 6), pixels - width, 0)  # the row; columns begin in the first
+    first = last + tl.where((line == 3) | (line == 5) | (line == 7), width - 1, 0)
+    size = tl.where(line < 2, width, tl.where(line < 4, pixels // tl.maximum(width, 1), 1))
+    size = tl.where((width > 0) & (pixels > 0), size, 0)
+    stride_p, stride_c = tl.full([], 1, tl.int64), integer(strides.rest, level).to(tl.int64)
+    if INTERLEAVED:
+        stride_p, stride_c = stride_c, stride_p
+    at = pick(pointers, level) + n * integer(strides.image, level) + first * stride_p + c * stride_c
+    stride_p *= tl.where(line < 2, 1, width)
+    channels = integer(levels.channels, level)
+    total = tl.zeros([8, BLOCK], tl.float32)
+    for start in range(0, size, 8):
+        i = start + tl.arange(0, 8)
+        valid = (i < size)[:, None] & (c < channels)[None, :]
+        total += tl.load(at[None, :] + i[:, None] * stride_p, mask=valid, other=0.0).to(tl.float32)
+    total = tl.sum(total, 0)
+    to = (n * LINES + line) * decode(places.total_channels) + integer(places.channel_offsets, level) + c
+    tl.store(borders + to, total, mask=c < channels)
+
+
+@triton.jit
+def forward_tile(
+    features,
+    out,
+    customize,
+    levels,
+    places,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    HAS_STUDENT: tl.constexpr,
+    CUSTOMIZE: tl.constexpr,
+    SUMS: tl.constexpr,
+    SUMS_AT: tl.constexpr,
+    STUDENT_INTERLEAVED: tl.constexpr,
+    STEP: tl.constexpr,
+    NARROW: tl.constexpr,
+):
+    tile = tile_of(tl.program_id(0), levels, places, STEP, NARROW)
+    partial = out.partials + partial_row(tl.program_id(0), tile.n, tile.level, levels) * decode(places.row_size)
+    total_pixels = decode(places.total_pixels)
+    d_at = out.distance + tile.n * total_pixels + tile.column
+    if STEP.TOKENS > 0:
+        sums = walk(
+            features,
+            partial + SUMS_AT,
+            tile,
+            K,
+            HAS_STUDENT,
+            CUSTOMIZE,
+            SUMS,
+            STUDENT_INTERLEAVED,
+            STEP,
+            NARROW,
+        )
+        pixel, exists = tl.sum(tile.pixel, 0), tl.sum(tile.exists.to(tl.int32), 0) > 0
+        for k in tl.static_range(K + K * CUSTOMIZE):
+            masks = out.teacher_masks if CUSTOMIZE and k < K else out.masks
+            to = masks + (tile.n * K + k % K) * total_pixels + tile.column
+            tl.store(to + pixel, tl.sum(sums[k], 0), mask=exists)
+        if HAS_STUDENT:
+            tl.store(d_at + pixel, tl.sum(sums[K + K * CUSTOMIZE], 0), mask=exists)
+    else:
+        logits, student_logits, d = walk_by_dot(
+            features,
+            partial + SUMS_AT,
+            tile,
+            K_PAD,
+            K,
+            HAS_STUDENT,
+            CUSTOMIZE,
+            SUMS,
+            STUDENT_INTERLEAVED,
+            STEP,
+            NARROW,
+        )
+        k, p = tl.arange(0, K_PAD), tl.arange(0, STEP.PIXELS)
+        inside = tile.first + p < tile.pixels
+        to = (tile.n * K + k[:, None]) * total_pixels + (tile.column + p)[None, :]
+        real = (k < K)[:, None] & inside[None, :]
+        if CUSTOMIZE:
+            tl.store(out.teacher_masks + to, logits, mask=real)
+            tl.store(out.masks + to, student_logits, mask=real)
+        else:
+            tl.store(out.masks + to, logits, mask=real)
+        if HAS_STUDENT:
+            tl.store(d_at + p, d, mask=inside)
+    if K > 0:
+        statistics(out, customize, tile, partial, total_pixels, K, K_PAD, HAS_STUDENT, CUSTOMIZE, STEP)
+
+
+@triton.jit
+def forward_kernel(
+    features,  # Features
+    out,  # Results
+    customize,  # [] bool
+    levels,
+    places,  # Places
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    HAS_STUDENT: tl.constexpr,
+    CUSTOMIZE: tl.constexpr,
+    SUMS: tl.constexpr,
+    SUMS_AT: tl.constexpr,
+    STUDENT_INTERLEAVED: tl.constexpr,
+    STEP: tl.constexpr,
+    BORDER_C: tl.constexpr,
+):
+    tiles = decode(levels.first_tile[len(levels.tiles) - 1]) + decode(levels.tiles[len(levels.tiles) - 1])
+    if tl.program_id(0) < tiles:
+        for narrow in tl.static_range(2):
+            if is_wide(tl.program_id(0), levels, STEP.PIXELS) != narrow:
+                forward_tile(
+                    features,
+                    out,
+                    customize,
+                    levels,
+                    places,
+                    K,
+                    K_PAD,
+                    HAS_STUDENT,
+                    CUSTOMIZE,
+                    SUMS,
+                    SUMS_AT,
+                    STUDENT_INTERLEAVED,
+                    STEP,
+                    narrow,
+                )
+    elif SUMS:
+        index = tl.program_id(0) - tiles
+        border(
+            features.teacher,
+            features.teacher_strides,
+            out.borders,
+            levels,
+            places,
+            index,
+            BORDER_C,
+            STEP.INTERLEAVED,
+        )
+
+
+class Reduced(NamedTuple):
+    """Sums over all tiles of an image."""
+
+    mass: Any  # [levels, N, K]
+    error: Any  # [levels, N, K]
+    gram: Any  # [levels, N, K, K]
+    sums: Any  # [N, 9, total C]
+
+
+@triton.jit
+def reduce_stats_kernel(
+    partials,  # [N * tiles, row_size] of forward_kernel
+    borders,  # [N, LINES, total C]
+    out,  # Reduced
+    levels,
+    places,
+    K: tl.constexpr,
+    HAS_STUDENT: tl.constexpr,
+    SUMS_AT: tl.constexpr,  # a multiple of BLOCK
+    SUM_ROWS: tl.constexpr,  # of each tile
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.program_id(1)
+    level = tl.program_id(2)
+    tiles, channels = integer(levels.tiles, level), integer(levels.channels, level)
+    row = (tl.num_programs(1) * integer(levels.first_tile, level) + n * tiles).to(tl.int64)
+    statistic = tl.program_id(0) * BLOCK < SUMS_AT
+    per_tile = tl.where(statistic, 1, SUM_ROWS)
+    written = i < tl.where(statistic, 2 * K + K * K, SUMS_AT + channels)  # the rest is padding
+    partial = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, tiles * per_tile, ROWS):
+        r = start + tl.arange(0, ROWS)
+        at = (row + r // per_tile) * decode(places.row_size) + r % per_tile * channels
+        partial += tl.load(
+            partials + at[:, None] + i[None, :], mask=(r < tiles * per_tile)[:, None] & written[None, :], other=0.0
+        )
+    total = tl.sum(partial, 0)
+    at = level * tl.num_programs(1) + n
+    if statistic:
+        if K > 0:
+            tl.store(out.mass + at * K + i, total, mask=i < K)
+            if HAS_STUDENT:
+                tl.store(out.error + at * K + (i - K), total, mask=(i >= K) & (i < 2 * K))
+            tl.store(out.gram + at * (K * K) + (i - 2 * K), total, mask=(i >= 2 * K) & (i < 2 * K + K * K))
+    else:
+        total_channels = decode(places.total_channels)
+        c = integer(places.channel_offsets, level) + i - SUMS_AT
+        lines = borders + n * LINES * total_channels + c
+        for tap in tl.static_range(9):
+            # The tap above the centre misses the last row, the one left of it the last column.
+            MISSED_ROW: tl.constexpr = (1, -1, 0)[tap // 3]
+            MISSED_COLUMN: tl.constexpr = (3, -1, 2)[tap % 3]
+            value = total
+            if MISSED_ROW >= 0:
+                value -= tl.load(lines + MISSED_ROW * total_channels, mask=written, other=0.0)
+            if MISSED_COLUMN >= 0:
+                value -= tl.load(lines + MISSED_COLUMN * total_channels, mask=written, other=0.0)
+            if MISSED_ROW >= 0 and MISSED_COLUMN >= 0:
+                CORNER: tl.constexpr = 4 + 2 * MISSED_ROW + (MISSED_COLUMN - 2)
+                value += tl.load(lines + CORNER * total_channels, mask=written, other=0.0)
+            tl.store(out.sums + (n * 9 + tap) * total_channels + c, value, mask=written)
 
 
 @triton.jit
@@ -58,232 +666,6 @@ def tap_windows(p, pixels, width, ROWS: tl.constexpr):
     read &= ((i != 0) | ~last_row[None, :]) & ((i != 2) | ~first_row[None, :])
     read &= ((j != 0) | ~last_column[None, :]) & ((j != 2) | ~first_column[None, :])
     return read.to(tl.float32)
-
-
-@triton.jit
-def is_edge(tile, pixels, width, BLOCK_P: tl.constexpr):
-    """Whether a level's tile touches the image's first or last row. In others every tap reads all rows: of nine sums
-    only the middle three, which differ by columns, are written and read back."""
-    return (tile * BLOCK_P < width) | ((tile + 1) * BLOCK_P > pixels - width)
-
-
-@triton.jit
-def forward_tile(
-    teacher,
-    student,
-    tokens,
-    customize,
-    masks,
-    teacher_masks,
-    distance,
-    partials,
-    n,
-    row,
-    tile,
-    channels,
-    pixels,
-    width,
-    total_pixels,
-    pixel_offset,
-    row_size,
-    teacher_n,
-    teacher_stride,
-    student_n,
-    student_stride,
-    ALIGN: tl.constexpr,
-    C_ALIGN: tl.constexpr,
-    K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    TEACHER_INTERLEAVED: tl.constexpr,
-    STUDENT_INTERLEAVED: tl.constexpr,
-    HAS_STUDENT: tl.constexpr,
-    CUSTOMIZE: tl.constexpr,
-    SUMS: tl.constexpr,
-    SUMS_AT: tl.constexpr,
-):
-    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    k = tl.arange(0, K_PAD)
-    teacher_n, teacher_stride = aligned(teacher_n, ALIGN), aligned(teacher_stride, ALIGN)
-    student_n, student_stride = aligned(student_n, ALIGN), aligned(student_stride, ALIGN)
-    channels = aligned(channels, C_ALIGN)
-    if TEACHER_INTERLEAVED or STUDENT_INTERLEAVED:
-        channels = aligned(channels, ALIGN)
-    if not (TEACHER_INTERLEAVED and STUDENT_INTERLEAVED):
-        pixels = aligned(pixels, ALIGN)
-    inside = p < pixels
-    logits = tl.zeros([K_PAD, BLOCK_P], tl.float32)
-    student_logits = tl.zeros([K_PAD, BLOCK_P], tl.float32)
-    d = tl.zeros([BLOCK_P], tl.float32)
-    partial = partials + row * row_size
-    if SUMS:
-        windows = tap_windows(p, pixels, width, 16)
-        r = tl.arange(0, 16)
-        written = (r < 9) & ((r // 3 == 1) | is_edge(tile, pixels, width, BLOCK_P))
-
-    for start in range(0, channels, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        valid = (c < channels)[:, None] & inside[None, :]
-        at = feature_offsets(n, c, p, teacher_n, teacher_stride, TEACHER_INTERLEAVED)
-        t = tl.load(teacher + at, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_C, BLOCK_P]
-        if K > 0:
-            e_at = k[:, None] * channels + c[None, :]
-            e = tl.load(tokens + e_at, mask=(k < K)[:, None] & (c < channels)[None, :], other=0.0)  # [K_PAD, BLOCK_C]
-            logits = tl.dot(e, t, logits, input_precision=PRECISION)
-        if HAS_STUDENT:
-            at = feature_offsets(n, c, p, student_n, student_stride, STUDENT_INTERLEAVED)
-            s = tl.load(student + at, mask=valid, other=0.0).to(tl.float32)
-            d += tl.sum((s - t) * (s - t), 0)
-            if CUSTOMIZE:
-                student_logits = tl.dot(e, s, student_logits, input_precision=PRECISION)
-        if SUMS:
-            # Ones, zeros and half types are exact in TF32.
-            if teacher.dtype.element_ty.primitive_bitwidth == 16:
-                sums_c = tl.dot(windows, tl.trans(t), input_precision="tf32")  # [16, BLOCK_C]
-            else:
-                sums_c = tl.dot(windows, tl.trans(t), input_precision=PRECISION)
-            to = SUMS_AT + r[:, None] * channels + c[None, :]
-            tl.store(partial + to, sums_c, mask=written[:, None] & (c < channels)[None, :])
-
-    column = pixel_offset + p
-    if HAS_STUDENT:
-        tl.store(distance + n * total_pixels + column, d, mask=inside)
-    if K > 0:
-        real = (k < K)[:, None] & inside[None, :]
-        m = tl.where(real, tl.sigmoid(logits), 0.0)  # [K_PAD, BLOCK_P]
-        mask_at = (n * K + k[:, None]) * total_pixels + column[None, :]
-        if CUSTOMIZE:
-            tl.store(teacher_masks + mask_at, m, mask=real)
-            m = tl.where(tl.load(customize) != 0, m * tl.sigmoid(student_logits), m)
-        tl.store(masks + mask_at, m, mask=real)
-        tl.store(partial + k, tl.sum(m, 1), mask=k < K)
-        if HAS_STUDENT:
-            tl.store(partial + K + k, tl.sum(m * m * d[None, :], 1), mask=k < K)
-        gram = tl.dot(m, tl.trans(m), input_precision=PRECISION)  # [K_PAD, K_PAD]
-        tl.store(partial + 2 * K + k[:, None] * K + k[None, :], gram, mask=(k < K)[:, None] & (k < K)[None, :])
-
-
-@triton.jit(do_not_specialize=["total_pixels", "row_size"])
-def forward_kernel(
-    teacher,  # tuple: [N, C, P]
-    student,  # tuple: [N, C, P]
-    tokens,  # tuple: [K, C]
-    customize,  # [] bool
-    masks,  # [N, K, total P]
-    teacher_masks,  # [N, K, total P]
-    distance,  # [N, total P]
-    partials,  # [N * tiles, row_size]: mass, error, gram, and from SUMS_AT on [9, C]
-    levels,
-    widths,
-    pixel_offsets,
-    total_pixels,
-    row_size,
-    teacher_strides,
-    student_strides,
-    C_ALIGN: tl.constexpr,
-    K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    NARROW_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    TEACHER_INTERLEAVED: tl.constexpr,
-    STUDENT_INTERLEAVED: tl.constexpr,
-    HAS_STUDENT: tl.constexpr,
-    CUSTOMIZE: tl.constexpr,
-    SUMS: tl.constexpr,
-    SUMS_AT: tl.constexpr,
-):
-    tile = tl.program_id(0)
-    n = tl.program_id(1).to(tl.int64)
-    level = level_of(tile, levels)
-    for narrow in tl.static_range(2):
-        if integer(levels.wide, level) != narrow:
-            forward_tile(
-                pick(teacher, level),
-                pick(student, level),
-                pick(tokens, level),
-                customize,
-                masks,
-                teacher_masks,
-                distance,
-                partials,
-                n,
-                partial_row(tile, n, level, levels),
-                tile - integer(levels.first_tile, level),
-                integer(levels.channels, level),
-                integer(levels.pixels, level),
-                integer(widths, level),
-                total_pixels,
-                integer(pixel_offsets, level),
-                row_size,
-                integer(teacher_strides.image, level),
-                integer(teacher_strides.rest, level),
-                integer(student_strides.image, level),
-                integer(student_strides.rest, level),
-                1 if narrow else WIDE,
-                C_ALIGN,
-                K,
-                K_PAD,
-                NARROW_C if narrow else BLOCK_C,
-                BLOCK_P,
-                TEACHER_INTERLEAVED,
-                STUDENT_INTERLEAVED,
-                HAS_STUDENT,
-                CUSTOMIZE,
-                SUMS,
-                SUMS_AT,
-            )
-
-
-@triton.jit(do_not_specialize=["total_channels", "row_size"])
-def reduce_stats_kernel(
-    partials,  # [N * tiles, row_size] of forward_kernel
-    mass,  # [levels, N, K]
-    error,  # [levels, N, K]
-    gram,  # [levels, N, K, K]
-    sums,  # [N, 9, total C]
-    levels,
-    widths,
-    channel_offsets,
-    total_channels,
-    row_size,
-    K: tl.constexpr,
-    HAS_STUDENT: tl.constexpr,
-    SUMS: tl.constexpr,
-    SUMS_AT: tl.constexpr,
-    BLOCK_P: tl.constexpr,  # of forward_kernel
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    n = tl.program_id(1)
-    level = tl.program_id(2)
-    tiles = integer(levels.tiles, level)
-    channels = integer(levels.channels, level)
-    column, tap = i, (i - SUMS_AT) // channels
-    if SUMS:
-        column = tl.where(i < SUMS_AT, i, i + (3 + tap % 3 - tap) * channels)  # where other tiles have it
-    pixels, width = integer(levels.pixels, level), integer(widths, level)
-    row = tl.num_programs(1) * integer(levels.first_tile, level) + n * tiles
-    written = (i < 2 * K + K * K) | ((i >= SUMS_AT) & (i < SUMS_AT + 9 * channels * SUMS))  # the rest is padding
-    partial = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(0, tiles, ROWS):
-        tile = start + tl.arange(0, ROWS)
-        valid = (tile < tiles)[:, None] & written[None, :]
-        at = tl.where(is_edge(tile, pixels, width, BLOCK_P)[:, None], i[None, :], column[None, :])
-        at += (row + tile[:, None]).to(tl.int64) * row_size
-        partial += tl.load(partials + at, mask=valid, other=0.0)
-    total = tl.sum(partial, 0)
-    at = level * tl.num_programs(1) + n
-    if K > 0:
-        tl.store(mass + at * K + i, total, mask=i < K)
-        if HAS_STUDENT:
-            tl.store(error + at * K + (i - K), total, mask=(i >= K) & (i < 2 * K))
-        tl.store(gram + at * (K * K) + (i - 2 * K), total, mask=(i >= 2 * K) & (i < 2 * K + K * K))
-    if SUMS:
-        to = (n * 9 + tap) * total_channels + integer(channel_offsets, level) + (i - SUMS_AT) % channels
-        tl.store(sums + to, total, mask=(i >= SUMS_AT) & (tap < 9))
 
 
 @triton.jit
@@ -521,13 +903,35 @@ def backward_kernel(
 
 # ---- Launchers ---------------------------------------------------------------------------------
 
+FEW_LOGITS = 8  # of a pixel, that multiply-adds serve: more of them, and tensor cores do
+WARPS = 4
+BORDER_C = 128  # channels of a program that adds up a line
 
-# Channels per step, where rows are whole vectors and where they are not; pixels; warps. Nothing spills, and a thread
-# has 128 bits of a tile or more.
 
-
-def forward_blocks(element_size: int) -> tuple[int, int, int, int]:
-    return (32, 16, 64, 4) if element_size == 2 else (16, 16, 64, 4)
+def forward_step(maps: Maps, few: bool) -> Step:
+    """What a thread reads is 128 bits at a time; as many warps as may be, so none may have more than 128 registers."""
+    channels, element_size = [level[0].shape[1] for level in maps], max(m.tensor.element_size() for m in maps[0])
+    interleaved = maps[0][0].interleaved
+    if not few:
+        groups, own, tokens, pixels = 1, 32 if element_size == 2 else 16, 0, 64
+    elif interleaved:
+        groups, own, tokens, pixels = 4, 16 // element_size, 4, 128
+    elif element_size == 2:
+        groups, own, tokens, pixels = 2 * WARPS, 8, 2, 128
+    else:
+        groups, own, tokens, pixels = WARPS, 8, 4, 128
+    alike = len(set(channels)) == 1
+    return Step(
+        groups,
+        own,
+        tokens,
+        pixels,
+        WARPS,
+        interleaved,
+        EVEN=all(c % (groups * own) == 0 for c in channels),
+        ALL=channels[0] if alike else 0,
+        DENSE=alike and all(m.rest_stride == m.shape[1] for level in maps for m in level),
+    )
 
 
 def backward_blocks(element_size: int, wants_logits: bool) -> tuple[int, int, int, int]:
@@ -551,7 +955,14 @@ def _dense(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Maps:
     return [tuple(layout.dense_view(x) for x in level) for level in levels]
 
 
-def _features(maps: Maps) -> dict[str, object]:
+def _features(maps: Maps, tokens: Sequence[Tensor]) -> Features:
+    """Of a run of levels."""
+    t, s = [level[0] for level in maps], [level[-1] for level in maps]
+    embeddings = tuple(e.contiguous() for e in tokens) if tokens else pointers(t)
+    return Features(pointers(t), pointers(s), embeddings, strides_of(t), strides_of(s))
+
+
+def _old_features(maps):
     """The arguments that both kernels take of the two maps."""
     t, s = [level[0] for level in maps], [level[-1] for level in maps]
     return {
@@ -565,6 +976,16 @@ def _features(maps: Maps) -> dict[str, object]:
     }
 
 
+def _places(teacher: Sequence[Tensor], maps: Maps, run: slice, total_pixels: int, row_size: int) -> Places:
+    channels = [level[0].shape[1] for level in maps]
+    return Places(
+        encode([x.shape[3] if x.dim() == 4 else 0 for x in teacher[run]]),
+        encode(offsets([level[0].shape[2] for level in maps])[run]),
+        encode(offsets(channels)[run]),
+        *encode([total_pixels, sum(channels), row_size]),
+    )
+
+
 @on_its_device
 def forward(
     teacher: Sequence[Tensor],
@@ -575,59 +996,49 @@ def forward(
 ) -> None:
     maps, n = _dense(teacher, student), teacher[0].shape[0]
     k, wants_sums = tokens[0].shape[0] if tokens else 0, out.sums.numel() > 0
-    widths = tuple(x.shape[3] if x.dim() == 4 else 0 for x in teacher)
-    pixel_offsets = offsets([level[0].shape[2] for level in maps])
-    channel_offsets = offsets([level[0].shape[1] for level in maps])
-    block_c, narrow_c, block_p, warps = forward_blocks(_element_size(teacher, student))
-    # The sums start on a multiple of 16 elements.
-    sums_at = triton.cdiv(2 * k + k * k, 16) * 16
+    customized = customize is not None and k > 0 and len(student) > 0
+    few = k * (1 + customized) <= FEW_LOGITS
     for run, run_maps in runs(maps):
-        levels = as_levels(run_maps, block_p)
-        row_size = sums_at + (TAPS * max(levels.channels) if wants_sums else 0)
+        step = forward_step(run_maps, few)
+        levels, channels = as_levels(run_maps, step.PIXELS), max(level[0].shape[1] for level in run_maps)
+        # The sums start on a whole block of the second kernel.
+        sums_at, sum_rows = triton.cdiv(2 * k + k * k, 64) * 64, step.WARPS if few and step.INTERLEAVED else 1
+        row_size = sums_at + (sum_rows * channels if wants_sums else 0)
         partials = new_partials(levels, n, row_size, teacher[0])
-        if n and sum(levels.tiles):
-            forward_kernel[sum(levels.tiles), n](
-                tokens=tuple(e.contiguous() for e in tokens[run]) if tokens else pointers([x[0] for x in run_maps]),
-                customize=out.mass if customize is None else customize,
-                masks=out.masks,
-                teacher_masks=out.teacher_masks,
-                distance=out.distance,
-                partials=partials,
-                levels=levels.encoded(),
-                widths=encode(widths[run]),
-                pixel_offsets=encode(pixel_offsets[run]),
-                total_pixels=out.masks.shape[2],
-                row_size=row_size,
-                **_features(run_maps),
-                C_ALIGN=channel_alignment(levels.channels),
+        borders = partials.new_empty(n, LINES.value, sum(x.shape[1] for x in teacher) if wants_sums else 0)
+        places = _places(teacher, maps, run, out.masks.shape[2], row_size)
+        lines = LINES.value * len(run_maps) * triton.cdiv(channels, BORDER_C) if wants_sums else 0
+        if n and sum(levels.tiles) + lines:
+            forward_kernel[sum(levels.tiles) + lines, n](
+                _features(run_maps, tokens[run]),
+                Results(out.masks, out.teacher_masks, out.distance, borders, partials),
+                out.mass if customize is None else customize,
+                levels.encoded(),
+                places,
                 K=k,
-                K_PAD=pad_tokens(k),
-                BLOCK_C=block_c,
-                NARROW_C=narrow_c,
-                BLOCK_P=block_p,
-                CUSTOMIZE=customize is not None and k > 0 and len(student) > 0,
+                K_PAD=FEW_LOGITS if few else pad_tokens(k),
+                HAS_STUDENT=len(student) > 0,
+                CUSTOMIZE=customized,
                 SUMS=wants_sums,
                 SUMS_AT=sums_at,
-                num_warps=warps,
+                STUDENT_INTERLEAVED=run_maps[0][-1].interleaved,
+                STEP=step,
+                BORDER_C=BORDER_C,
+                num_warps=step.WARPS,
+                maxnreg=128 if few else None,
             )
         if n and row_size:
             block, rows = reduce_shape(row_size)
             reduce_stats_kernel[triton.cdiv(row_size, block), n, len(levels.tiles)](
                 partials,
-                out.mass[run],
-                out.error[run] if student else out.mass,
-                out.gram[run],
-                out.sums,
+                borders,
+                Reduced(out.mass[run], out.error[run] if student else out.mass, out.gram[run], out.sums),
                 levels.encoded(),
-                encode(widths[run]),
-                encode(channel_offsets[run]),
-                sum(x.shape[1] for x in teacher),
-                row_size,
+                places,
                 K=k,
                 HAS_STUDENT=len(student) > 0,
-                SUMS=wants_sums,
                 SUMS_AT=sums_at,
-                BLOCK_P=block_p,
+                SUM_ROWS=sum_rows,
                 ROWS=rows,
                 BLOCK=block,
                 num_warps=4,
@@ -683,7 +1094,7 @@ def backward(
                 channel_offsets=encode(channel_offsets[run]),
                 total_channels=sum(x.shape[1] for x in teacher),
                 row_size=row_size,
-                **_features(run_maps),
+                **_old_features(run_maps),
                 C_ALIGN=channel_alignment(levels.channels),
                 K=k,
                 K_PAD=pad_tokens(k),
