@@ -256,10 +256,11 @@ def count(kernel: Any, reads: int, item_bytes: int) -> Code:
         found = f"{len(sizes)} in Triton's code, {len(written)} in PTX, {len(bodies)} in machine code"
         raise ValueError(f"{kernel.name}: expected the same loops over features everywhere, got {found}")
     counted = []
-    for body, before, size in zip(bodies, written, sizes, strict=True):
-        # The assembler unrolls short loops.
-        unrolled = max(round(sum(x.load_bytes for x in body) / sum(x.load_bytes for x in before)), 1)
-        elements = size * unrolled
+    loaded = [sum(x.load_bytes for x in body) for body in written]
+    for body, size in zip(bodies, sizes, strict=True):
+        # The assembler unrolls short loops. In PTX they may come in another order: each is known by what it loads.
+        loads = sum(x.load_bytes for x in body)
+        elements = size * loads // max((x for x in loaded if loads % x == 0), default=loads)
         classes = Counter(x.kind for x in body)
         kinds = [*CLASSES, "integer"]
         counted.append(

@@ -63,6 +63,7 @@ class Step(NamedTuple):
     TOKENS: int  # of these: whose tokens are in registers at a time
     PIXELS: int  # of a tile
     WARPS: int
+    NARROW: bool  # rows are not whole vectors, or pixels are missing
     INTERLEAVED: bool  # the teacher's layout
     EVEN: bool  # channels fill whole steps, and need no mask
     ALL: int  # the channels of every level; 0: they differ
@@ -123,16 +124,16 @@ class Plane(NamedTuple):
 
 
 @triton.jit
-def tile_of(tile, levels, places, STEP: tl.constexpr, NARROW: tl.constexpr):
+def tile_of(tile, levels, places, STEP: tl.constexpr):
     """This tile of the grid."""
     level = level_of(tile, levels)
     first = (tile - integer(levels.first_tile, level)) * STEP.PIXELS
     channels, pixels = integer(levels.channels, level), integer(levels.pixels, level)
     if STEP.ALL:
         channels = STEP.ALL
-    elif STEP.INTERLEAVED and not NARROW:
+    elif STEP.INTERLEAVED and not STEP.NARROW:
         channels = aligned(channels, WIDE)
-    WIDTH: tl.constexpr = 32 if NARROW and not STEP.INTERLEAVED else STEP.PIXELS
+    WIDTH: tl.constexpr = 32 if STEP.NARROW and not STEP.INTERLEAVED else STEP.PIXELS
     pixel = tl.arange(0, STEP.PIXELS // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     group = tl.arange(0, STEP.GROUPS) * STEP.CHANNELS
     column = integer(places.pixel_offsets, level) + first
@@ -142,11 +143,11 @@ def tile_of(tile, levels, places, STEP: tl.constexpr, NARROW: tl.constexpr):
 
 
 @triton.jit
-def plane_of(pointers, strides, tile, STEP: tl.constexpr, NARROW: tl.constexpr, INTERLEAVED: tl.constexpr):
+def plane_of(pointers, strides, tile, STEP: tl.constexpr, INTERLEAVED: tl.constexpr):
     """A map of the tile's level: element by element, where it is not laid out as the tile is walked."""
     pointer, stride_n = pick(pointers, tile.level), integer(strides.image, tile.level)
     stride = integer(strides.rest, tile.level)
-    if NARROW or INTERLEAVED != STEP.INTERLEAVED:
+    if STEP.NARROW or INTERLEAVED != STEP.INTERLEAVED:
         stride = stride.to(tl.int64)
         if INTERLEAVED:
             at = pointer + (tile.n * stride_n + tile.first * stride) + (tile.group + tile.pixel * stride)
@@ -214,23 +215,26 @@ def entries(x):
 
 @triton.jit
 def stacked(x, FIRST: tl.constexpr, STRIDE: tl.constexpr):
-    """[A, B, n] of a tuple's n entries [A, B] from the first on, by this stride: what ``entries`` takes apart."""
-    if FIRST + STRIDE >= len(x):
-        result = x[FIRST][:, :, None]
+    """What ``entries`` takes apart: of a tuple's entries, from the first on, by this stride, along a new last axis."""
+    if len(x) <= FIRST + STRIDE:
+        result = tl.expand_dims(x[FIRST], -1)
     else:
         both = tl.join(stacked(x, FIRST, 2 * STRIDE), stacked(x, FIRST + STRIDE, 2 * STRIDE))
-        result = tl.reshape(both, [both.shape[0], both.shape[1], 2 * both.shape[2]])
+        if len(both.shape) == 4:
+            result = tl.reshape(both, [both.shape[0], both.shape[1], 2 * both.shape[2]])
+        else:
+            result = tl.reshape(both, [both.shape[0], 2 * both.shape[1]])
     return result
 
 
 @triton.jit
-def present(start, tile, STEP: tl.constexpr, NARROW: tl.constexpr):
+def present(start, tile, STEP: tl.constexpr):
     """Which elements there are of each group's channel ``start`` on, [GROUPS, 1 or PARTS, 1 or WIDTH]."""
     if STEP.EVEN:
         valid = tl.full(tile.group.shape, 1, tl.int1)
     else:
         valid = start + tile.group < tile.channels
-    if NARROW:
+    if STEP.NARROW:
         valid = valid & tile.exists
     return valid
 
@@ -271,13 +275,13 @@ def read_tokens(at, start, channels, K: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def over_pixels(x, STEP: tl.constexpr):
-    """Sums of [GROUPS, PARTS, WIDTH] over pixels, [GROUPS, rows]: a row of each warp where warps lie along pixels."""
+    """Sums of [GROUPS, PARTS, WIDTH] over pixels, [GROUPS]; [GROUPS, WARPS] where warps lie along pixels."""
     if STEP.INTERLEAVED:
         LANES: tl.constexpr = 32 // STEP.GROUPS
         x = tl.reshape(x, [STEP.GROUPS, STEP.PIXELS // (LANES * STEP.WARPS), STEP.WARPS, LANES])
         total = tl.sum(tl.sum(x, 1), 2)
     else:
-        total = tl.sum(tl.sum(x, 1), 1)[:, None]
+        total = tl.sum(tl.sum(x, 1), 1)
     return total
 
 
@@ -292,23 +296,23 @@ def walk(
     SUMS: tl.constexpr,
     STUDENT_INTERLEAVED: tl.constexpr,
     STEP: tl.constexpr,
-    NARROW: tl.constexpr,
 ):
     """Sums over a group's channels, [GROUPS, PARTS, WIDTH] each: logits, the student's if customized, distance."""
-    t = plane_of(features.teacher, features.teacher_strides, tile, STEP, NARROW, STEP.INTERLEAVED)
-    s = plane_of(features.student, features.student_strides, tile, STEP, NARROW, STUDENT_INTERLEAVED)
+    t = plane_of(features.teacher, features.teacher_strides, tile, STEP, STEP.INTERLEAVED)
+    s = plane_of(features.student, features.student_strides, tile, STEP, STUDENT_INTERLEAVED)
     t_at, s_at = t.at, s.at
     channel = tl.arange(0, STEP.GROUPS)[:, None] * STEP.CHANNELS + tl.arange(0, STEP.TOKENS)[None, :]
     e_at = pick(features.tokens, tile.level) + channel
     CHANNELS: tl.constexpr = STEP.CHANNELS
-    ROWS: tl.constexpr = STEP.WARPS if STEP.INTERLEAVED else 1
-    to = tile.group + tl.arange(0, ROWS)[None, :, None] * tile.channels + tl.arange(0, STEP.CHANNELS)[None, None, :]
+    to = tl.arange(0, STEP.GROUPS)[:, None] * STEP.CHANNELS + tl.arange(0, STEP.CHANNELS)[None, :]
+    if STEP.INTERLEAVED:
+        to = to[:, None, :] + tl.arange(0, STEP.WARPS)[None, :, None] * tile.channels
     sums_to += to
     sums = ()
     for _ in tl.static_range(K + K * CUSTOMIZE + 1):
         sums = sums + (tl.full([STEP.GROUPS, tile.pixel.shape[1], tile.pixel.shape[2]], 0.0, tl.float32),)
     for start in range(0, tile.channels, STEP.GROUPS * STEP.CHANNELS):
-        valid = present(start, tile, STEP, NARROW)
+        valid = present(start, tile, STEP)
         ts = vectors_at(t_at, valid)
         if HAS_STUDENT:
             ss = vectors_at(s_at, valid)
@@ -316,7 +320,7 @@ def walk(
         for j in tl.static_range(CHANNELS):
             if j % STEP.TOKENS == 0:
                 tokens = read_tokens(e_at + j, start + j, tile.channels, K, STEP)
-            valid = present(start + j, tile, STEP, NARROW)
+            valid = present(start + j, tile, STEP)
             x = element(ts, t, t_at, j, valid)
             new = ()
             for k in tl.static_range(K):
@@ -333,11 +337,14 @@ def walk(
                 totals = totals + (over_pixels(x, STEP),)
             sums = new
         if SUMS:
-            c = start + tile.group + tl.arange(0, STEP.CHANNELS)[None, None, :]
             if STEP.EVEN:
                 tl.store(sums_to, stacked(totals, 0, 1))
             else:
-                tl.store(sums_to, stacked(totals, 0, 1), mask=c < tile.channels)
+                left = tile.channels - start - tl.arange(0, STEP.GROUPS)[:, None] * STEP.CHANNELS
+                real = tl.arange(0, STEP.CHANNELS)[None, :] < left
+                if STEP.INTERLEAVED:
+                    real = real[:, None, :]
+                tl.store(sums_to, stacked(totals, 0, 1), mask=real)
         sums_to += STEP.GROUPS * STEP.CHANNELS
         e_at += STEP.GROUPS * STEP.CHANNELS
         t_at += t.step
@@ -357,12 +364,11 @@ def walk_by_dot(
     SUMS: tl.constexpr,
     STUDENT_INTERLEAVED: tl.constexpr,
     STEP: tl.constexpr,
-    NARROW: tl.constexpr,
 ):
     """The same for many tokens: [K_PAD, PIXELS] logits, the student's likewise, [PIXELS] distance."""
     k, p = tl.arange(0, K_PAD), tl.arange(0, STEP.PIXELS)
-    t = dot_plane(features.teacher, features.teacher_strides, tile, STEP, NARROW, STEP.INTERLEAVED)
-    s = dot_plane(features.student, features.student_strides, tile, STEP, NARROW, STUDENT_INTERLEAVED)
+    t = dot_plane(features.teacher, features.teacher_strides, tile, STEP, STEP.INTERLEAVED)
+    s = dot_plane(features.student, features.student_strides, tile, STEP, STUDENT_INTERLEAVED)
     tokens = pick(features.tokens, tile.level)
     logits = tl.full([K_PAD, STEP.PIXELS], 0.0, tl.float32)
     student_logits = logits
@@ -388,10 +394,10 @@ def walk_by_dot(
 
 
 @triton.jit
-def dot_plane(pointers, strides, tile, STEP: tl.constexpr, NARROW: tl.constexpr, INTERLEAVED: tl.constexpr):
+def dot_plane(pointers, strides, tile, STEP: tl.constexpr, INTERLEAVED: tl.constexpr):
     """A map of the tile's level, [CHANNELS, PIXELS] at a time."""
     stride_n, stride = integer(strides.image, tile.level), integer(strides.rest, tile.level)
-    if not NARROW:
+    if not STEP.NARROW:
         stride_n, stride = aligned(stride_n, WIDE), aligned(stride, WIDE)
     c, p = tl.arange(0, STEP.CHANNELS), tile.first + tl.arange(0, STEP.PIXELS)
     at = pick(pointers, tile.level) + feature_offsets(tile.n, c, p, stride_n, stride, INTERLEAVED)
@@ -416,29 +422,36 @@ def statistics(
 ):
     """Masks of the tile's logits, which lie where masks go, and sums over them. Threads divide them up anew."""
     tl.debug_barrier()
-    k, p = tl.arange(0, K_PAD), tl.arange(0, STEP.PIXELS)
-    inside = tile.first + p < tile.pixels
-    real = (k < K)[:, None] & inside[None, :]
-    at = (tile.n * K + k[:, None]) * total_pixels + (tile.column + p)[None, :]
+    # Warps lie along the masks, so that sums over pixels stay within a warp.
+    k, p = tl.arange(0, K_PAD)[:, None, None], tl.arange(0, STEP.PIXELS // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    real = (k < K) & (tile.first + p < tile.pixels)[None, :, :]
+    at = (tile.n * K + k) * total_pixels + (tile.column + p)[None, :, :]
     m = tl.load(out.masks + at, mask=real, other=0.0)
     if CUSTOMIZE:
         teacher = tl.load(out.teacher_masks + at, mask=real, other=0.0)
     tl.debug_barrier()
-    m = tl.where(real, tl.sigmoid(m), 0.0)  # [K_PAD, PIXELS]
+    m = tl.where(real, tl.sigmoid(m), 0.0)  # [K_PAD, PIXELS / 32, 32]
     if CUSTOMIZE:
         teacher = tl.where(real, tl.sigmoid(teacher), 0.0)
         tl.store(out.teacher_masks + at, teacher, mask=real)
         m = tl.where(tl.load(customize) != 0, teacher * m, teacher)
     tl.store(out.masks + at, m, mask=real)
-    tl.store(partial + k, tl.sum(m, 1), mask=k < K)
+    k = tl.arange(0, K_PAD)
+    tl.store(partial + k, tl.sum(tl.sum(m, 1), 1), mask=k < K)
+    inside = tile.first + p < tile.pixels
     if HAS_STUDENT:
-        d = tl.load(out.distance + tile.n * total_pixels + tile.column + p, mask=inside, other=0.0)
-        tl.store(partial + K + k, tl.sum(m * m * d[None, :], 1), mask=k < K)
+        d = tl.load(out.distance + tile.n * total_pixels + (tile.column + p), mask=inside, other=0.0)
+        tl.store(partial + K + k, tl.sum(tl.sum(m * m * d[None, :, :], 1), 1), mask=k < K)
+    partial += 2 * K
     if K_PAD < 16:
-        gram = tl.sum(m[:, None, :] * m[None, :, :], 2)
+        tl.debug_barrier()
+        for j in tl.static_range(K):
+            other = tl.load(out.masks + (tile.n * K + j) * total_pixels + (tile.column + p), mask=inside, other=0.0)
+            tl.store(partial + k * K + j, tl.sum(tl.sum(m * other[None, :, :], 1), 1), mask=k < K)
     else:
+        m = tl.reshape(m, [K_PAD, STEP.PIXELS])
         gram = tl.dot(m, tl.trans(m), input_precision=PRECISION)
-    tl.store(partial + 2 * K + k[:, None] * K + k[None, :], gram, mask=(k < K)[:, None] & (k < K)[None, :])
+        tl.store(partial + k[:, None] * K + k[None, :], gram, mask=(k < K)[:, None] & (k < K)[None, :])
 
 
 @triton.jit
@@ -484,9 +497,8 @@ def forward_tile(
     SUMS_AT: tl.constexpr,
     STUDENT_INTERLEAVED: tl.constexpr,
     STEP: tl.constexpr,
-    NARROW: tl.constexpr,
 ):
-    tile = tile_of(tl.program_id(0), levels, places, STEP, NARROW)
+    tile = tile_of(tl.program_id(0), levels, places, STEP)
     partial = out.partials + partial_row(tl.program_id(0), tile.n, tile.level, levels) * decode(places.row_size)
     total_pixels = decode(places.total_pixels)
     d_at = out.distance + tile.n * total_pixels + tile.column
@@ -501,7 +513,6 @@ def forward_tile(
             SUMS,
             STUDENT_INTERLEAVED,
             STEP,
-            NARROW,
         )
         pixel, exists = tl.sum(tile.pixel, 0), tl.sum(tile.exists.to(tl.int32), 0) > 0
         for k in tl.static_range(K + K * CUSTOMIZE):
@@ -522,7 +533,6 @@ def forward_tile(
             SUMS,
             STUDENT_INTERLEAVED,
             STEP,
-            NARROW,
         )
         k, p = tl.arange(0, K_PAD), tl.arange(0, STEP.PIXELS)
         inside = tile.first + p < tile.pixels
@@ -554,6 +564,7 @@ def forward_kernel(
     SUMS_AT: tl.constexpr,
     STUDENT_INTERLEAVED: tl.constexpr,
     STEP: tl.constexpr,
+    NARROW_STEP: tl.constexpr,  # where rows are not whole vectors, or pixels are missing
     BORDER_C: tl.constexpr,
 ):
     tiles = decode(levels.first_tile[len(levels.tiles) - 1]) + decode(levels.tiles[len(levels.tiles) - 1])
@@ -573,8 +584,7 @@ def forward_kernel(
                     SUMS,
                     SUMS_AT,
                     STUDENT_INTERLEAVED,
-                    STEP,
-                    narrow,
+                    NARROW_STEP if narrow else STEP,
                 )
     elif SUMS:
         index = tl.program_id(0) - tiles
@@ -908,18 +918,16 @@ WARPS = 4
 BORDER_C = 128  # channels of a program that adds up a line
 
 
-def forward_step(maps: Maps, few: bool) -> Step:
-    """What a thread reads is 128 bits at a time; as many warps as may be, so none may have more than 128 registers."""
+def forward_step(maps: Maps, few: bool, narrow: bool) -> Step:
+    """A thread reads 128 bits at a time, where it can; as many warps as may be, so none has more than 128 registers."""
     channels, element_size = [level[0].shape[1] for level in maps], max(m.tensor.element_size() for m in maps[0])
-    interleaved = maps[0][0].interleaved
+    interleaved, half = maps[0][0].interleaved, element_size == 2
     if not few:
-        groups, own, tokens, pixels = 1, 32 if element_size == 2 else 16, 0, 64
+        groups, own, tokens, pixels = 1, 16 if narrow or not half else 32, 0, 64
     elif interleaved:
-        groups, own, tokens, pixels = 4, 16 // element_size, 4, 128
-    elif element_size == 2:
-        groups, own, tokens, pixels = 2 * WARPS, 8, 2, 128
+        groups, own, tokens, pixels = 4, 4 if narrow or not half else 8, 4, 128
     else:
-        groups, own, tokens, pixels = WARPS, 8, 4, 128
+        groups, own, tokens, pixels = 2 * WARPS if half else WARPS, 2 if narrow else 8, 2 if narrow or half else 4, 128
     alike = len(set(channels)) == 1
     return Step(
         groups,
@@ -927,6 +935,7 @@ def forward_step(maps: Maps, few: bool) -> Step:
         tokens,
         pixels,
         WARPS,
+        narrow,
         interleaved,
         EVEN=all(c % (groups * own) == 0 for c in channels),
         ALL=channels[0] if alike else 0,
@@ -999,7 +1008,7 @@ def forward(
     customized = customize is not None and k > 0 and len(student) > 0
     few = k * (1 + customized) <= FEW_LOGITS
     for run, run_maps in runs(maps):
-        step = forward_step(run_maps, few)
+        step, narrow = (forward_step(run_maps, few, narrow) for narrow in (False, True))
         levels, channels = as_levels(run_maps, step.PIXELS), max(level[0].shape[1] for level in run_maps)
         # The sums start on a whole block of the second kernel.
         sums_at, sum_rows = triton.cdiv(2 * k + k * k, 64) * 64, step.WARPS if few and step.INTERLEAVED else 1
@@ -1023,6 +1032,7 @@ def forward(
                 SUMS_AT=sums_at,
                 STUDENT_INTERLEAVED=run_maps[0][-1].interleaved,
                 STEP=step,
+                NARROW_STEP=narrow,
                 BORDER_C=BORDER_C,
                 num_warps=step.WARPS,
                 maxnreg=128 if few else None,
