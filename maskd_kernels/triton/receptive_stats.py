@@ -137,7 +137,10 @@ def tile_of(tile, levels, places, STEP: tl.constexpr):
     pixel = tl.arange(0, STEP.PIXELS // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     group = tl.arange(0, STEP.GROUPS) * STEP.CHANNELS
     column = integer(places.pixel_offsets, level) + first
-    exists = first + pixel < pixels
+    if STEP.NARROW:
+        exists = first + pixel < pixels
+    else:
+        exists = tl.full(pixel.shape, 1, tl.int1)
     n = tl.program_id(1).to(tl.int64)
     return Tile(level, n, first, channels, pixels, column, group[:, None, None], pixel[None, :, :], exists[None, :, :])
 
@@ -297,7 +300,7 @@ def walk(
     STUDENT_INTERLEAVED: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Sums over a group's channels, [GROUPS, PARTS, WIDTH] each: logits, the student's if customized, distance."""
+    """Sums over a group's channels, [GROUPS, PARTS, WIDTH] each: distance, logits, the student's if customized."""
     t = plane_of(features.teacher, features.teacher_strides, tile, STEP, STEP.INTERLEAVED)
     s = plane_of(features.student, features.student_strides, tile, STEP, STUDENT_INTERLEAVED)
     t_at, s_at = t.at, s.at
@@ -322,17 +325,16 @@ def walk(
                 tokens = read_tokens(e_at + j, start + j, tile.channels, K, STEP)
             valid = present(start + j, tile, STEP)
             x = element(ts, t, t_at, j, valid)
-            new = ()
-            for k in tl.static_range(K):
-                new = new + (sums[k] + tokens[k][j % STEP.TOKENS][:, None, None] * x,)
+            distance = sums[0]
             if HAS_STUDENT:
                 y = element(ss, s, s_at, j, valid)
-                if CUSTOMIZE:
-                    for k in tl.static_range(K):
-                        new = new + (sums[K + k] + tokens[k][j % STEP.TOKENS][:, None, None] * y,)
-                new = new + (sums[K + K * CUSTOMIZE] + (y - x) * (y - x),)
-            else:
-                new = new + (sums[K],)
+                distance += (y - x) * (y - x)
+            new = (distance,)
+            for k in tl.static_range(K):
+                new = new + (sums[1 + k] + tokens[k][j % STEP.TOKENS][:, None, None] * x,)
+            if CUSTOMIZE:
+                for k in tl.static_range(K):
+                    new = new + (sums[1 + K + k] + tokens[k][j % STEP.TOKENS][:, None, None] * y,)
             if SUMS:
                 totals = totals + (over_pixels(x, STEP),)
             sums = new
@@ -424,7 +426,11 @@ def statistics(
     tl.debug_barrier()
     # Warps lie along the masks, so that sums over pixels stay within a warp.
     k, p = tl.arange(0, K_PAD)[:, None, None], tl.arange(0, STEP.PIXELS // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    real = (k < K) & (tile.first + p < tile.pixels)[None, :, :]
+    if STEP.NARROW:
+        inside = tile.first + p < tile.pixels
+    else:
+        inside = tl.full(p.shape, 1, tl.int1)
+    real = (k < K) & inside[None, :, :]
     at = (tile.n * K + k) * total_pixels + (tile.column + p)[None, :, :]
     m = tl.load(out.masks + at, mask=real, other=0.0)
     if CUSTOMIZE:
@@ -438,7 +444,6 @@ def statistics(
     tl.store(out.masks + at, m, mask=real)
     k = tl.arange(0, K_PAD)
     tl.store(partial + k, tl.sum(tl.sum(m, 1), 1), mask=k < K)
-    inside = tile.first + p < tile.pixels
     if HAS_STUDENT:
         d = tl.load(out.distance + tile.n * total_pixels + (tile.column + p), mask=inside, other=0.0)
         tl.store(partial + K + k, tl.sum(tl.sum(m * m * d[None, :, :], 1), 1), mask=k < K)
@@ -518,9 +523,9 @@ def forward_tile(
         for k in tl.static_range(K + K * CUSTOMIZE):
             masks = out.teacher_masks if CUSTOMIZE and k < K else out.masks
             to = masks + (tile.n * K + k % K) * total_pixels + tile.column
-            tl.store(to + pixel, tl.sum(sums[k], 0), mask=exists)
+            tl.store(to + pixel, tl.sum(sums[1 + k], 0), mask=exists)
         if HAS_STUDENT:
-            tl.store(d_at + pixel, tl.sum(sums[K + K * CUSTOMIZE], 0), mask=exists)
+            tl.store(d_at + pixel, tl.sum(sums[0], 0), mask=exists)
     else:
         logits, student_logits, d = walk_by_dot(
             features,
@@ -926,8 +931,10 @@ def forward_step(maps: Maps, few: bool, narrow: bool) -> Step:
         groups, own, tokens, pixels = 1, 16 if narrow or not half else 32, 0, 64
     elif interleaved:
         groups, own, tokens, pixels = 4, 4 if narrow or not half else 8, 4, 128
+    elif half and not narrow:
+        groups, own, tokens, pixels = 2 * WARPS, 2, 2, 128
     else:
-        groups, own, tokens, pixels = 2 * WARPS if half else WARPS, 2 if narrow else 8, 2 if narrow or half else 4, 128
+        groups, own, tokens, pixels = WARPS, 2 if narrow else 8, 2 if narrow else 4, 128
     alike = len(set(channels)) == 1
     return Step(
         groups,
