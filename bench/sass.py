@@ -118,7 +118,7 @@ def parse_ptx(ptx: str) -> list[Instruction | str]:
             size = 0
             if load := re.match(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bfus](\d+)$", opcode):
                 size = int(load.group(1) or 1) * int(load.group(2)) // 8
-            elif opcode.startswith("cp.async.c"):
+            elif opcode.startswith(("cp.async.ca", "cp.async.cg")):
                 size = int(re.findall(r", (?:0x)?([0-9a-f]+)", operands)[0], 0)
             result.append(Instruction(predicate, opcode, operands, to and to.group(1), not leaves, size))
     return result
