@@ -918,23 +918,25 @@ def backward_kernel(
 
 # ---- Launchers ---------------------------------------------------------------------------------
 
-FEW_LOGITS = 8  # of a pixel, that multiply-adds serve: more of them, and tensor cores do
+FEW_LOGITS = 16  # of a pixel, that multiply-adds serve: more of them, and tensor cores do
+PIXEL_LOGITS = 8  # up to as many, a thread has eight pixels: otherwise four, as registers are few
 WARPS = 4
 BORDER_C = 128  # channels of a program that adds up a line
 
 
-def forward_step(maps: Maps, few: bool, narrow: bool) -> Step:
+def forward_step(maps: Maps, logits: int, narrow: bool) -> Step:
     """A thread reads 128 bits at a time, where it can; as many warps as may be, so none has more than 128 registers."""
     channels, element_size = [level[0].shape[1] for level in maps], max(m.tensor.element_size() for m in maps[0])
     interleaved, half = maps[0][0].interleaved, element_size == 2
-    if not few:
+    many = logits > PIXEL_LOGITS
+    if logits > FEW_LOGITS:
         groups, own, tokens, pixels = 1, 16 if narrow or not half else 32, 0, 64
     elif interleaved:
-        groups, own, tokens, pixels = 4, 4 if narrow or not half else 8, 4, 128
-    elif half and not narrow:
+        groups, own, tokens, pixels = 4, 4 if narrow or not half else 8, 2 if many else 4, 128
+    elif half and not narrow and not many:
         groups, own, tokens, pixels = 2 * WARPS, 2, 2, 128
     else:
-        groups, own, tokens, pixels = WARPS, 2 if narrow else 8, 2 if narrow else 4, 128
+        groups, own, tokens, pixels = WARPS, 2 if narrow else 8, 2 if narrow or logits > 6 else 4, 128
     alike = len(set(channels)) == 1
     return Step(
         groups,
@@ -1013,9 +1015,10 @@ def forward(
     maps, n = _dense(teacher, student), teacher[0].shape[0]
     k, wants_sums = tokens[0].shape[0] if tokens else 0, out.sums.numel() > 0
     customized = customize is not None and k > 0 and len(student) > 0
-    few = k * (1 + customized) <= FEW_LOGITS
+    logits = k * (1 + customized)  # of a pixel
+    few = logits <= FEW_LOGITS
     for run, run_maps in runs(maps):
-        step, narrow = (forward_step(run_maps, few, narrow) for narrow in (False, True))
+        step, narrow = (forward_step(run_maps, logits, narrow) for narrow in (False, True))
         levels, channels = as_levels(run_maps, step.PIXELS), max(level[0].shape[1] for level in run_maps)
         # The sums start on a whole block of the second kernel.
         sums_at, sum_rows = triton.cdiv(2 * k + k * k, 64) * 64, step.WARPS if few and step.INTERLEAVED else 1
@@ -1032,7 +1035,7 @@ def forward(
                 levels.encoded(),
                 places,
                 K=k,
-                K_PAD=FEW_LOGITS if few else pad_tokens(k),
+                K_PAD=8 if k <= 8 else pad_tokens(k),
                 HAS_STUDENT=len(student) > 0,
                 CUSTOMIZE=customized,
                 SUMS=wants_sums,
@@ -1042,7 +1045,7 @@ def forward(
                 NARROW_STEP=narrow,
                 BORDER_C=BORDER_C,
                 num_warps=step.WARPS,
-                maxnreg=128 if few else None,
+                maxnreg=(128 if logits <= PIXEL_LOGITS else 168) if few else None,
             )
         if n and row_size:
             block, rows = reduce_shape(row_size)
