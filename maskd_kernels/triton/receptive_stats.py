@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,15 +25,10 @@ from torch import Tensor
 from maskd_kernels.ops import layout
 from maskd_kernels.reference import ReceptiveStats
 from maskd_kernels.triton.common import (
-    NARROW_STREAM_C,
-    STREAM_C,
-    STREAM_P,
-    STREAM_WARPS,
     WIDE,
     Maps,
     aligned,
     as_levels,
-    channel_alignment,
     decode,
     encode,
     feature_offsets,
@@ -49,7 +45,7 @@ from maskd_kernels.triton.common import (
     runs,
     strides_of,
 )
-from maskd_kernels.triton.streams import is_wide
+from maskd_kernels.triton.streams import is_wide, read
 
 PRECISION = tl.constexpr("tf32x3")
 LINES = tl.constexpr(8)  # of an image's border: first row, last row, first column, last column; their corners
@@ -62,6 +58,7 @@ class Step(NamedTuple):
     CHANNELS: int  # of a group
     TOKENS: int  # of these: whose tokens are in registers at a time
     PIXELS: int  # of a tile
+    WIDTH: int  # of these: what lanes have between them, one vector each
     WARPS: int
     NARROW: bool  # rows are not whole vectors, or pixels are missing
     INTERLEAVED: bool  # the teacher's layout
@@ -107,7 +104,8 @@ class Tile(NamedTuple):
     level: Any
     n: Any  # int64
     first: Any  # pixel
-    channels: Any
+    channels: Any  # a constant, where all levels have as many
+    end: Any  # their number, which is none: short loops are not unrolled
     pixels: Any
     column: Any  # of the first pixel, where levels share a tensor
     group: Any  # [GROUPS, 1, 1] first channels of the first step
@@ -129,12 +127,12 @@ def tile_of(tile, levels, places, STEP: tl.constexpr):
     level = level_of(tile, levels)
     first = (tile - integer(levels.first_tile, level)) * STEP.PIXELS
     channels, pixels = integer(levels.channels, level), integer(levels.pixels, level)
+    end = channels
     if STEP.ALL:
         channels = STEP.ALL
     elif STEP.INTERLEAVED and not STEP.NARROW:
         channels = aligned(channels, WIDE)
-    WIDTH: tl.constexpr = 32 if STEP.NARROW and not STEP.INTERLEAVED else STEP.PIXELS
-    pixel = tl.arange(0, STEP.PIXELS // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    pixel = tl.arange(0, STEP.PIXELS // STEP.WIDTH)[:, None] * STEP.WIDTH + tl.arange(0, STEP.WIDTH)[None, :]
     group = tl.arange(0, STEP.GROUPS) * STEP.CHANNELS
     column = integer(places.pixel_offsets, level) + first
     if STEP.NARROW:
@@ -142,7 +140,9 @@ def tile_of(tile, levels, places, STEP: tl.constexpr):
     else:
         exists = tl.full(pixel.shape, 1, tl.int1)
     n = tl.program_id(1).to(tl.int64)
-    return Tile(level, n, first, channels, pixels, column, group[:, None, None], pixel[None, :, :], exists[None, :, :])
+    return Tile(
+        level, n, first, channels, end, pixels, column, group[:, None, None], pixel[None, :, :], exists[None, :, :]
+    )
 
 
 @triton.jit
@@ -177,8 +177,9 @@ def plane_of(pointers, strides, tile, STEP: tl.constexpr, INTERLEAVED: tl.conste
             plane = Plane(at, 1, STEP.GROUPS * SIZE)
         else:
             stride = aligned(stride // PAIR, ALIGN).to(tl.int64)
-            pixel = tl.arange(0, STEP.PIXELS // PAIR)[None, None, :]
-            at = pointer + tile.first // PAIR + (tile.group * stride + pixel)
+            WIDTH: tl.constexpr = STEP.WIDTH // PAIR
+            pixel = tl.arange(0, STEP.PIXELS // STEP.WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+            at = pointer + tile.first // PAIR + (tile.group * stride + pixel[None, :, :])
             plane = Plane(at, stride, STEP.GROUPS * STEP.CHANNELS * stride)
     return plane
 
@@ -223,7 +224,9 @@ def stacked(x, FIRST: tl.constexpr, STRIDE: tl.constexpr):
         result = tl.expand_dims(x[FIRST], -1)
     else:
         both = tl.join(stacked(x, FIRST, 2 * STRIDE), stacked(x, FIRST + STRIDE, 2 * STRIDE))
-        if len(both.shape) == 4:
+        if len(both.shape) == 5:
+            result = tl.reshape(both, [both.shape[0], both.shape[1], both.shape[2], 2 * both.shape[3]])
+        elif len(both.shape) == 4:
             result = tl.reshape(both, [both.shape[0], both.shape[1], 2 * both.shape[2]])
         else:
             result = tl.reshape(both, [both.shape[0], 2 * both.shape[1]])
@@ -314,7 +317,7 @@ def walk(
     sums = ()
     for _ in tl.static_range(K + K * CUSTOMIZE + 1):
         sums = sums + (tl.full([STEP.GROUPS, tile.pixel.shape[1], tile.pixel.shape[2]], 0.0, tl.float32),)
-    for start in range(0, tile.channels, STEP.GROUPS * STEP.CHANNELS):
+    for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
         valid = present(start, tile, STEP)
         ts = vectors_at(t_at, valid)
         if HAS_STUDENT:
@@ -376,7 +379,7 @@ def walk_by_dot(
     student_logits = logits
     d = tl.full([STEP.CHANNELS, STEP.PIXELS], 0.0, tl.float32)
     t_at, s_at = t.at, s.at
-    for start in range(0, tile.channels, STEP.CHANNELS):
+    for start in range(0, tile.end, STEP.CHANNELS):
         c = start + tl.arange(0, STEP.CHANNELS)
         valid = (c < tile.channels)[:, None] & (tile.first + p < tile.pixels)[None, :]
         x = tl.load(t_at, mask=valid, other=0.0).to(tl.float32)  # [CHANNELS, PIXELS]
@@ -670,249 +673,446 @@ def reduce_stats_kernel(
             tl.store(out.sums + (n * 9 + tap) * total_channels + c, value, mask=written)
 
 
+class Upstream(NamedTuple):
+    """Gradients of the results."""
+
+    masks: Any  # [N, K, total P]
+    distance: Any  # [N, total P]
+    mass: Any  # [levels, N, K]
+    error: Any  # [levels, N, K]
+    gram: Any  # [levels, N, K, K]
+    lines: Any  # [N, 1 + LINES, total C]: of lines_kernel
+
+
+class Gradients(NamedTuple):
+    """What the backward pass writes; maps are dense, laid out like the student where there is one."""
+
+    teacher: Any  # tuple: [N, C, P]
+    student: Any  # tuple: [N, C, P]
+    logits: Any  # [N, K, total P]
+    tokens: Any  # [N * tiles * rows, row_size], [K, C] in each row
+
+
+class Given(NamedTuple):
+    """Which gradients of the results there are."""
+
+    masks: bool
+    distance: bool
+    mass: bool
+    error: bool
+    gram: bool
+    sums: bool
+
+
+class Wanted(NamedTuple):
+    teacher: bool
+    tokens: bool
+    student: bool
+
+
+@triton.jit(do_not_specialize=["total_channels"])
+def lines_kernel(grad_sums, lines, total_channels, BLOCK: tl.constexpr):
+    """The gradient of each pixel, ``lines[n, 0]``, and what comes to it on each of the image's border lines."""
+    n = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    taps = ()
+    total = tl.zeros([BLOCK], tl.float32)
+    for tap in tl.static_range(9):
+        taps = taps + (read(grad_sums + (n * 9 + tap) * total_channels + c, c < total_channels),)
+        total += taps[tap]
+    # The tap above the centre misses the last row, the one left of it the last column.
+    lost = (
+        total,
+        -(taps[6] + taps[7] + taps[8]),
+        -(taps[0] + taps[1] + taps[2]),
+        -(taps[2] + taps[5] + taps[8]),
+        -(taps[0] + taps[3] + taps[6]),
+        taps[8],
+        taps[6],
+        taps[2],
+        taps[0],
+    )
+    for line in tl.static_range(9):
+        tl.store(lines + (n * 9 + line) * total_channels + c, lost[line], mask=c < total_channels)
+
+
 @triton.jit
-def tap_windows(p, pixels, width, ROWS: tl.constexpr):
-    """[ROWS, BLOCK_P] float: row 3i + j is 1 where tap (i, j) reads a pixel (reference.tap_windows), else 0."""
-    i, j = tl.arange(0, ROWS)[:, None] // 3, tl.arange(0, ROWS)[:, None] % 3
-    x, image = p % tl.maximum(width, 1), width > 0
-    first_row, last_row = image & (p < width), image & (p >= pixels - width)
-    first_column, last_column = image & (x == 0), image & (x == width - 1)
-    read = (p < pixels)[None, :] & (i < 3)
-    read &= ((i != 0) | ~last_row[None, :]) & ((i != 2) | ~first_row[None, :])
-    read &= ((j != 0) | ~last_column[None, :]) & ((j != 2) | ~first_column[None, :])
-    return read.to(tl.float32)
+def logit_gradients(
+    saved,
+    grad,
+    to,
+    tile,
+    total_pixels,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    CUSTOMIZE: tl.constexpr,
+    GIVEN: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """The tile's gradients of the logits, put where all threads find them."""
+    k, p = tl.arange(0, K_PAD), tl.arange(0, STEP.PIXELS)
+    at_level = tile.level * tl.num_programs(1) + tile.n
+    column = tile.column + p
+    inside = tile.first + p < tile.pixels
+    real = (k < K)[:, None] & inside[None, :]
+    at = (tile.n * K + k[:, None]) * total_pixels + column[None, :]
+    m = read(saved.masks + at, real)  # [K_PAD, PIXELS]
+    inner = tl.full([K_PAD, STEP.PIXELS], 0.0, tl.float32)
+    if GIVEN.mass:
+        inner += read(grad.mass + at_level * K + k, k < K)[:, None]
+    if GIVEN.error:
+        d = read(saved.distance + tile.n * total_pixels + column, inside)
+        inner += 2 * read(grad.error + at_level * K + k, k < K)[:, None] * m * d[None, :]
+    if GIVEN.gram:
+        gram = grad.gram + at_level * K * K
+        if K_PAD < 16:
+            for j in tl.static_range(K):
+                other = read(saved.masks + (tile.n * K + j) * total_pixels + column, inside)
+                inner += (read(gram + k * K + j, k < K) + read(gram + j * K + k, k < K))[:, None] * other[None, :]
+        else:
+            both = (k < K)[:, None] & (k < K)[None, :]
+            g = read(gram + k[:, None] * K + k[None, :], both) + read(gram + k[None, :] * K + k[:, None], both)
+            inner = tl.dot(g, m, inner, input_precision=PRECISION)
+    if GIVEN.masks:
+        inner += read(grad.masks + at, real)
+    factor = m
+    if CUSTOMIZE:
+        factor = read(saved.teacher_masks + at, real)
+    tl.store(to + at, inner * m * (1 - factor), mask=real)
+    tl.debug_barrier()
+
+
+@triton.jit
+def pixel_factor(saved, grad, tile, total_pixels, pixel, exists, K: tl.constexpr, GIVEN: tl.constexpr):
+    """What the difference of the two maps is multiplied by, shaped like ``pixel``."""
+    factor = tl.full(pixel.shape, 0.0, tl.float32)
+    if GIVEN.distance:
+        factor += read(grad.distance + tile.n * total_pixels + (tile.column + pixel), exists)
+    if GIVEN.error:
+        g = grad.error + (tile.level * tl.num_programs(1) + tile.n) * K
+        for k in tl.static_range(K):
+            m = read(saved.masks + (tile.n * K + k) * total_pixels + (tile.column + pixel), exists)
+            factor += tl.load(g + k) * m * m
+    return 2 * factor
+
+
+@triton.jit
+def on_lines(tile, places, STEP: tl.constexpr):
+    """Which of the tile's pixels lie on which line of the image's border, 1 or 0; rows where the tile is narrow."""
+    width = integer(places.widths, tile.level)
+    p = tile.first + tile.pixel
+    x = p % tl.maximum(width, 1)
+    left, right = ((width > 0) & (x == 0)).to(tl.float32), ((width > 0) & (x == width - 1)).to(tl.float32)
+    if STEP.NARROW:
+        top, bottom = (p < width).to(tl.float32), ((width > 0) & (p >= tile.pixels - width)).to(tl.float32)
+        result = (top, bottom, left, right, top * left, top * right, bottom * left, bottom * right)
+    else:
+        result = (left, right)
+    return result
+
+
+@triton.jit
+def write_channel(at, rest, value, j: tl.constexpr, valid):
+    """A step's channel j of each group, in the dtype of the memory."""
+    tl.store(at + j * rest, value.to(at.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def result_plane(pointers, tile, STEP: tl.constexpr):
+    """A dense map of the tile's level, laid out as the tile is walked, to be written."""
+    pixels = tile.pixels
+    if not (STEP.NARROW or STEP.INTERLEAVED):
+        pixels = aligned(pixels, WIDE)
+    pointer = pick(pointers, tile.level) + tile.n * (tile.pixels.to(tl.int64) * tile.channels)
+    if STEP.INTERLEAVED and not STEP.NARROW:
+        pixel = (tile.first + tl.arange(0, STEP.PIXELS)[None, None, :, None]).to(tl.int64) * tile.channels
+        channel = tl.arange(0, STEP.GROUPS)[:, None, None, None] * STEP.CHANNELS
+        plane = Plane(pointer + (pixel + channel + tl.arange(0, STEP.CHANNELS)[None, None, None, :]), 1, 0)
+    elif STEP.INTERLEAVED:
+        plane = Plane(pointer + ((tile.first + tile.pixel).to(tl.int64) * tile.channels + tile.group), 1, 0)
+    else:
+        rest = pixels.to(tl.int64)
+        plane = Plane(pointer + tile.first + (tile.group * rest + tile.pixel), rest, 0)
+    step = STEP.GROUPS * STEP.CHANNELS * plane.rest
+    return Plane(plane.at, plane.rest, step)
+
+
+class Targets(NamedTuple):
+    """Gradients of the maps, and what their walk needs to know of ``Upstream.lines``."""
+
+    teacher: Any
+    student: Any
+    line_step: Any
+
+
+@triton.jit
+def is_edge(index, levels, places, PIXELS: tl.constexpr):
+    """Whether a tile touches the first or last row of an image: 1 or 0."""
+    level = level_of(index, levels)
+    first, width = (index - integer(levels.first_tile, level)) * PIXELS, integer(places.widths, level)
+    return ((first < width) | (first + PIXELS > integer(levels.pixels, level) - width)).to(tl.int32)
+
+
+@triton.jit
+def walk_back(
+    features,
+    out,
+    lines,
+    tile,
+    factor,
+    slopes,
+    borders,
+    tokens_to,
+    K: tl.constexpr,
+    HAS_STUDENT: tl.constexpr,
+    WANTED: tl.constexpr,
+    T_INTERLEAVED: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Gradients of the maps and, of few tokens, of these: ``slopes`` are those of the logits, a tuple."""
+    LOGITS: tl.constexpr = K if WANTED.teacher or WANTED.tokens else 0
+    LINE: tl.constexpr = 1 if STEP.NARROW else 3
+    CHANNELS: tl.constexpr = STEP.CHANNELS
+    t = plane_of(features.teacher, features.teacher_strides, tile, STEP, T_INTERLEAVED)
+    s = plane_of(features.student, features.student_strides, tile, STEP, STEP.INTERLEAVED)
+    to_t, to_s = result_plane(out.teacher, tile, STEP), result_plane(out.student, tile, STEP)
+    t_at, s_at, to_t_at, to_s_at = t.at, s.at, to_t.at, to_s.at
+    channel = tl.arange(0, STEP.GROUPS)[:, None] * STEP.CHANNELS + tl.arange(0, STEP.TOKENS)[None, :]
+    e_at = pick(features.tokens, tile.level) + channel
+    group = tl.arange(0, STEP.GROUPS) * STEP.CHANNELS
+    for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
+        valid = present(start, tile, STEP)
+        if HAS_STUDENT or WANTED.tokens:
+            ts = vectors_at(t_at, valid)
+        if HAS_STUDENT:
+            ss = vectors_at(s_at, valid)
+        all_t, all_s, sums = (), (), ()
+        for j in tl.static_range(CHANNELS):
+            if j % STEP.TOKENS == 0 and WANTED.teacher:
+                tokens = read_tokens(e_at + j, start + j, tile.channels, LOGITS, STEP)
+            valid = present(start + j, tile, STEP)
+            if HAS_STUDENT or WANTED.tokens:
+                x = element(ts, t, t_at, j, valid)
+            if HAS_STUDENT:
+                d = factor * (element(ss, s, s_at, j, valid) - x)
+                if WANTED.student:
+                    if len(to_s_at.shape) == 4:
+                        all_s = all_s + (d,)
+                    else:
+                        write_channel(to_s_at, to_s.rest, d, j, valid)
+            if WANTED.teacher:
+                gradient = tl.full([STEP.GROUPS, tile.pixel.shape[1], tile.pixel.shape[2]], 0.0, tl.float32)
+                if len(borders) > 0:
+                    c = start + j + group
+                    gradient += read(lines + c, c < tile.channels)[:, None, None]
+                    for i in tl.static_range(len(borders)):
+                        at = lines + (LINE + i) * out.line_step + c
+                        gradient += read(at, c < tile.channels)[:, None, None] * borders[i]
+                for k in tl.static_range(LOGITS):
+                    gradient += tokens[k][j % STEP.TOKENS][:, None, None] * slopes[k]
+                if HAS_STUDENT:
+                    gradient -= d
+                if len(to_t_at.shape) == 4:
+                    all_t = all_t + (gradient,)
+                else:
+                    write_channel(to_t_at, to_t.rest, gradient, j, valid)
+            if WANTED.tokens:
+                for k in tl.static_range(8):
+                    if k < K:
+                        total = over_pixels(slopes[k] * x, STEP)
+                    sums = sums + (total,)
+        if len(to_s_at.shape) == 4 and WANTED.student:
+            write_channel(to_s_at, 0, stacked(all_s, 0, 1), 0, valid[:, :, :, None])
+        if len(to_t_at.shape) == 4 and WANTED.teacher:
+            write_channel(to_t_at, 0, stacked(all_t, 0, 1), 0, valid[:, :, :, None])
+        if WANTED.tokens:
+            i = tl.arange(0, 8 * CHANNELS)
+            c, k = start + group[:, None] + (i // 8)[None, :], (i % 8)[None, :]
+            to, real = k * tile.channels + c, (k < K) & (c < tile.channels)
+            if STEP.INTERLEAVED:
+                to = to[:, None, :] + tl.arange(0, STEP.WARPS)[None, :, None] * (K * tile.channels)
+                real = real[:, None, :]
+            tl.store(tokens_to + to, stacked(sums, 0, 1), mask=real)
+        e_at += STEP.GROUPS * STEP.CHANNELS
+        t_at += t.step
+        s_at += s.step
+        to_t_at += to_t.step
+        to_s_at += to_s.step
+
+
+@triton.jit
+def walk_back_by_dot(
+    features,
+    out,
+    lines,
+    tile,
+    factor,
+    slopes,
+    borders,
+    tokens_to,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    HAS_STUDENT: tl.constexpr,
+    WANTED: tl.constexpr,
+    T_INTERLEAVED: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """The same for many tokens: ``slopes`` [K_PAD, PIXELS], ``factor`` and ``borders`` [PIXELS]."""
+    k, p = tl.arange(0, K_PAD), tl.arange(0, STEP.PIXELS)
+    t = dot_plane(features.teacher, features.teacher_strides, tile, STEP, T_INTERLEAVED)
+    s = dot_plane(features.student, features.student_strides, tile, STEP, STEP.INTERLEAVED)
+    t_at, s_at = t.at, s.at
+    tokens = pick(features.tokens, tile.level)
+    image = tile.n * (tile.pixels.to(tl.int64) * tile.channels)
+    to_t, to_s = pick(out.teacher, tile.level) + image, pick(out.student, tile.level) + image
+    stride = tile.pixels
+    if STEP.INTERLEAVED:
+        stride = tile.channels
+    for start in range(0, tile.end, STEP.CHANNELS):
+        c = start + tl.arange(0, STEP.CHANNELS)
+        valid = (c < tile.channels)[:, None] & (tile.first + p < tile.pixels)[None, :]
+        to = feature_offsets(0, c, tile.first + p, 0, stride, STEP.INTERLEAVED)
+        x = read(t_at, valid)  # [CHANNELS, PIXELS]
+        gradient = tl.full([STEP.CHANNELS, STEP.PIXELS], 0.0, tl.float32)
+        if HAS_STUDENT:
+            d = factor[None, :] * (read(s_at, valid) - x)
+            gradient -= d
+            if WANTED.student:
+                tl.store(to_s + to, d.to(to_s.dtype.element_ty), mask=valid)
+        if WANTED.tokens:
+            d_tokens = tl.dot(slopes, tl.trans(x), input_precision=PRECISION)  # [K_PAD, CHANNELS]
+            at = k[:, None] * tile.channels + c[None, :]
+            tl.store(tokens_to + at, d_tokens, mask=(k < K)[:, None] & (c < tile.channels)[None, :])
+        if WANTED.teacher:
+            e_at = k[None, :] * tile.channels + c[:, None]
+            e = read(tokens + e_at, (k < K)[None, :] & (c < tile.channels)[:, None])
+            gradient = tl.dot(e, slopes, gradient, input_precision=PRECISION)
+            if len(borders) > 0:
+                gradient += read(lines + c, c < tile.channels)[:, None]
+                for i in tl.static_range(len(borders)):
+                    at = lines + (i + (1 if STEP.NARROW else 3)) * out.line_step + c
+                    on = tl.reshape(borders[i], [STEP.PIXELS])
+                    gradient += read(at, c < tile.channels)[:, None] * on[None, :]
+            tl.store(to_t + to, gradient.to(to_t.dtype.element_ty), mask=valid)
+        t_at += t.step
+        s_at += s.step
 
 
 @triton.jit
 def backward_tile(
-    teacher,
-    student,
-    tokens,
-    masks,
-    teacher_masks,
-    distance,
-    grad_masks,
-    grad_distance,
-    grad_mass,
-    grad_error,
-    grad_gram,
-    grad_sums,
-    grad_teacher,
-    grad_student,
-    partial,
-    n,
-    at_level,
-    p,
-    channels,
-    pixels,
-    width,
-    total_pixels,
-    pixel_offset,
-    total_channels,
-    channel_offset,
-    teacher_n,
-    teacher_stride,
-    student_n,
-    student_stride,
-    ALIGN: tl.constexpr,
-    C_ALIGN: tl.constexpr,
-    K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    TEACHER_INTERLEAVED: tl.constexpr,
-    STUDENT_INTERLEAVED: tl.constexpr,
-    GRAD_INTERLEAVED: tl.constexpr,
-    HAS_STUDENT: tl.constexpr,
-    CUSTOMIZE: tl.constexpr,
-    HAS_MASKS: tl.constexpr,
-    HAS_DISTANCE: tl.constexpr,
-    HAS_MASS: tl.constexpr,
-    HAS_ERROR: tl.constexpr,
-    HAS_GRAM: tl.constexpr,
-    HAS_SUMS: tl.constexpr,
-    WANT_TEACHER: tl.constexpr,
-    WANT_TOKENS: tl.constexpr,
-    WANT_STUDENT: tl.constexpr,
-):
-    k = tl.arange(0, K_PAD)
-    teacher_n, teacher_stride = aligned(teacher_n, ALIGN), aligned(teacher_stride, ALIGN)
-    student_n, student_stride = aligned(student_n, ALIGN), aligned(student_stride, ALIGN)
-    channels = aligned(channels, C_ALIGN)
-    if TEACHER_INTERLEAVED or STUDENT_INTERLEAVED:
-        channels = aligned(channels, ALIGN)
-    if not (TEACHER_INTERLEAVED and STUDENT_INTERLEAVED):
-        pixels = aligned(pixels, ALIGN)
-    grad_n, grad_stride = channels.to(tl.int64) * pixels, pixels
-    if GRAD_INTERLEAVED:
-        grad_stride = channels
-    inside = p < pixels
-    column = pixel_offset + p
-    coefficient = tl.zeros([BLOCK_P], tl.float32)
-    if HAS_DISTANCE:
-        coefficient += tl.load(grad_distance + n * total_pixels + column, mask=inside, other=0.0)
-    if K > 0:
-        real = (k < K)[:, None] & inside[None, :]
-        mask_at = (n * K + k[:, None]) * total_pixels + column[None, :]
-        m = tl.load(masks + mask_at, mask=real, other=0.0)  # [K_PAD, BLOCK_P]
-        if HAS_ERROR:
-            g_error = tl.load(grad_error + at_level * K + k, mask=k < K, other=0.0)
-            coefficient += tl.sum(g_error[:, None] * m * m, 0)
-        if WANT_TOKENS or WANT_TEACHER:
-            inner = tl.zeros([K_PAD, BLOCK_P], tl.float32)
-            if HAS_MASS:
-                inner += tl.load(grad_mass + at_level * K + k, mask=k < K, other=0.0)[:, None]
-            if HAS_ERROR:
-                d = tl.load(distance + n * total_pixels + column, mask=inside, other=0.0)
-                inner += 2 * g_error[:, None] * m * d[None, :]
-            if HAS_GRAM:
-                both = (k < K)[:, None] & (k < K)[None, :]
-                gram = tl.load(grad_gram + at_level * K * K + k[:, None] * K + k[None, :], mask=both, other=0.0)
-                gram += tl.load(grad_gram + at_level * K * K + k[None, :] * K + k[:, None], mask=both, other=0.0)
-                inner = tl.dot(gram, m, inner, input_precision=PRECISION)
-            if HAS_MASKS:
-                inner += tl.load(grad_masks + mask_at, mask=real, other=0.0)
-            factor = m
-            if CUSTOMIZE:
-                factor = tl.load(teacher_masks + mask_at, mask=real, other=0.0)
-            d_logits = tl.where(real, inner * m * (1 - factor), 0.0)  # [K_PAD, BLOCK_P]
-    coefficient *= 2
-    if HAS_SUMS and WANT_TEACHER:
-        windows = tap_windows(p, pixels, width, 16)
-
-    for start in range(0, channels, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        valid = (c < channels)[:, None] & inside[None, :]
-        at = feature_offsets(n, c, p, teacher_n, teacher_stride, TEACHER_INTERLEAVED)
-        t = tl.load(teacher + at, mask=valid, other=0.0).to(tl.float32)  # [BLOCK_C, BLOCK_P]
-        grad_at = feature_offsets(n, c, p, grad_n, grad_stride, GRAD_INTERLEAVED)
-        d_teacher = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
-        if HAS_STUDENT:
-            at = feature_offsets(n, c, p, student_n, student_stride, STUDENT_INTERLEAVED)
-            s = tl.load(student + at, mask=valid, other=0.0).to(tl.float32)
-            d_student = coefficient[None, :] * (s - t)
-            d_teacher -= d_student
-            if WANT_STUDENT:
-                tl.store(grad_student + grad_at, d_student.to(grad_student.dtype.element_ty), mask=valid)
-        if WANT_TOKENS:
-            d_tokens = tl.dot(d_logits, tl.trans(t), input_precision=PRECISION)  # [K_PAD, BLOCK_C]
-            to = k[:, None] * channels + c[None, :]
-            tl.store(partial + to, d_tokens, mask=(k < K)[:, None] & (c < channels)[None, :])
-        if WANT_TEACHER:
-            if K > 0:
-                e_at = k[None, :] * channels + c[:, None]
-                e = tl.load(tokens + e_at, mask=(k < K)[None, :] & (c < channels)[:, None], other=0.0)
-                d_teacher = tl.dot(e, d_logits, d_teacher, input_precision=PRECISION)
-            if HAS_SUMS:
-                r = tl.arange(0, 16)
-                g_at = (n * 9 + r[None, :]) * total_channels + channel_offset + c[:, None]
-                g = tl.load(grad_sums + g_at, mask=(r < 9)[None, :] & (c < channels)[:, None], other=0.0)
-                d_teacher = tl.dot(g, windows, d_teacher, input_precision=PRECISION)
-            tl.store(grad_teacher + grad_at, d_teacher.to(grad_teacher.dtype.element_ty), mask=valid)
-
-
-@triton.jit(do_not_specialize=["total_pixels", "total_channels", "row_size"])
-def backward_kernel(
-    teacher,  # tuple: [N, C, P]
-    student,  # tuple: [N, C, P]
-    tokens,  # tuple: [K, C]
-    masks,  # [N, K, total P]
-    teacher_masks,  # [N, K, total P]
-    distance,  # [N, total P]
-    grad_masks,  # [N, K, total P]
-    grad_distance,  # [N, total P]
-    grad_mass,  # [levels, N, K]
-    grad_error,  # [levels, N, K]
-    grad_gram,  # [levels, N, K, K]
-    grad_sums,  # [N, 9, total C]
-    grad_teacher,  # tuple: [N, C, P], laid out like the student where there is one
-    grad_student,  # tuple: [N, C, P]
-    partials,  # [N * tiles, row_size] token gradients, [K, C] in each row
+    features,
+    saved,
+    grad,
+    out,
     levels,
-    widths,
-    pixel_offsets,
-    total_pixels,
-    channel_offsets,
-    total_channels,
-    row_size,
-    teacher_strides,
-    student_strides,
-    C_ALIGN: tl.constexpr,
+    places,
     K: tl.constexpr,
     K_PAD: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    NARROW_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    TEACHER_INTERLEAVED: tl.constexpr,
-    STUDENT_INTERLEAVED: tl.constexpr,
-    GRAD_INTERLEAVED: tl.constexpr,
     HAS_STUDENT: tl.constexpr,
     CUSTOMIZE: tl.constexpr,
-    HAS_MASKS: tl.constexpr,
-    HAS_DISTANCE: tl.constexpr,
-    HAS_MASS: tl.constexpr,
-    HAS_ERROR: tl.constexpr,
-    HAS_GRAM: tl.constexpr,
-    HAS_SUMS: tl.constexpr,
-    WANT_TEACHER: tl.constexpr,
-    WANT_TOKENS: tl.constexpr,
-    WANT_STUDENT: tl.constexpr,
+    GIVEN: tl.constexpr,
+    WANTED: tl.constexpr,
+    T_INTERLEAVED: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    n = tl.program_id(1).to(tl.int64)
-    level = level_of(tile, levels)
+    index = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile = tile_of(index, levels, places, STEP)
+    total_pixels = decode(places.total_pixels)
+    tokens_to = out.tokens + partial_row(index, tile.n, tile.level, levels) * decode(places.row_size)
+    line_step = decode(places.total_channels)
+    lines = grad.lines + tile.n * (9 * line_step) + integer(places.channel_offsets, tile.level)
+    LOGITS: tl.constexpr = K > 0 and (WANTED.teacher or WANTED.tokens)
+    targets = Targets(out.teacher, out.student, line_step)
+    borders = ()
+    if GIVEN.sums and WANTED.teacher:
+        borders = on_lines(tile, places, STEP)
+    if LOGITS:
+        logit_gradients(saved, grad, out.logits, tile, total_pixels, K, K_PAD, CUSTOMIZE, GIVEN, STEP)
+    if STEP.TOKENS > 0:
+        factor = pixel_factor(saved, grad, tile, total_pixels, tile.pixel, tile.exists, K, GIVEN)
+        slopes = ()
+        if LOGITS:
+            for k in tl.static_range(K):
+                at = out.logits + (tile.n * K + k) * total_pixels + (tile.column + tile.pixel)
+                slopes = slopes + (read(at, tile.exists),)
+        walk_back(
+            features,
+            targets,
+            lines,
+            tile,
+            factor,
+            slopes,
+            borders,
+            tokens_to,
+            K,
+            HAS_STUDENT,
+            WANTED,
+            T_INTERLEAVED,
+            STEP,
+        )
+    else:
+        k, p = tl.arange(0, K_PAD), tl.arange(0, STEP.PIXELS)
+        inside = tile.first + p < tile.pixels
+        factor = pixel_factor(saved, grad, tile, total_pixels, p, inside, K, GIVEN)
+        at = out.logits + (tile.n * K + k[:, None]) * total_pixels + (tile.column + p)[None, :]
+        walk_back_by_dot(
+            features,
+            targets,
+            lines,
+            tile,
+            factor,
+            read(at, (k < K)[:, None] & inside[None, :]),
+            borders,
+            tokens_to,
+            K,
+            K_PAD,
+            HAS_STUDENT,
+            WANTED,
+            T_INTERLEAVED,
+            STEP,
+        )
+
+
+@triton.jit
+def backward_kernel(
+    features,  # Features
+    saved,  # Results of the forward pass
+    grad,  # Upstream
+    out,  # Gradients
+    levels,
+    places,  # Places
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    HAS_STUDENT: tl.constexpr,
+    CUSTOMIZE: tl.constexpr,
+    GIVEN: tl.constexpr,
+    WANTED: tl.constexpr,
+    T_INTERLEAVED: tl.constexpr,
+    STEP: tl.constexpr,
+    NARROW_STEP: tl.constexpr,
+):
+    # From the last tile on: the forward pass left it in the cache.
+    index = tl.num_programs(0) - 1 - tl.program_id(0)
+    wide = is_wide(index, levels, STEP.PIXELS)
+    if GIVEN.sums and WANTED.teacher:
+        wide &= 1 - is_edge(index, levels, places, STEP.PIXELS)
     for narrow in tl.static_range(2):
-        if integer(levels.wide, level) != narrow:
+        if wide != narrow:
             backward_tile(
-                pick(teacher, level),
-                pick(student, level),
-                pick(tokens, level),
-                masks,
-                teacher_masks,
-                distance,
-                grad_masks,
-                grad_distance,
-                grad_mass,
-                grad_error,
-                grad_gram,
-                grad_sums,
-                pick(grad_teacher, level),
-                pick(grad_student, level),
-                partials + partial_row(tile, n, level, levels) * row_size,
-                n,
-                level * tl.num_programs(1) + n,
-                (tile - integer(levels.first_tile, level)) * BLOCK_P + tl.arange(0, BLOCK_P),
-                integer(levels.channels, level),
-                integer(levels.pixels, level),
-                integer(widths, level),
-                total_pixels,
-                integer(pixel_offsets, level),
-                total_channels,
-                integer(channel_offsets, level),
-                integer(teacher_strides.image, level),
-                integer(teacher_strides.rest, level),
-                integer(student_strides.image, level),
-                integer(student_strides.rest, level),
-                1 if narrow else WIDE,
-                C_ALIGN,
+                features,
+                saved,
+                grad,
+                out,
+                levels,
+                places,
                 K,
                 K_PAD,
-                NARROW_C if narrow else BLOCK_C,
-                BLOCK_P,
-                TEACHER_INTERLEAVED,
-                STUDENT_INTERLEAVED,
-                GRAD_INTERLEAVED,
                 HAS_STUDENT,
                 CUSTOMIZE,
-                HAS_MASKS,
-                HAS_DISTANCE,
-                HAS_MASS,
-                HAS_ERROR,
-                HAS_GRAM,
-                HAS_SUMS,
-                WANT_TEACHER,
-                WANT_TOKENS,
-                WANT_STUDENT,
+                GIVEN,
+                WANTED,
+                T_INTERLEAVED,
+                NARROW_STEP if narrow else STEP,
             )
 
 
@@ -926,40 +1126,55 @@ BORDER_C = 128  # channels of a program that adds up a line
 
 def forward_step(maps: Maps, logits: int, narrow: bool) -> Step:
     """A thread reads 128 bits at a time, where it can; as many warps as may be, so none has more than 128 registers."""
-    channels, element_size = [level[0].shape[1] for level in maps], max(m.tensor.element_size() for m in maps[0])
-    interleaved, half = maps[0][0].interleaved, element_size == 2
-    many = logits > PIXEL_LOGITS
+    half, interleaved, many = _element_size(maps) == 2, maps[0][0].interleaved, logits > PIXEL_LOGITS
     if logits > FEW_LOGITS:
-        groups, own, tokens, pixels = 1, 16 if narrow or not half else 32, 0, 64
+        shape = 1, 16 if narrow or not half else 32, 0, 64, 64
     elif interleaved:
-        groups, own, tokens, pixels = 4, 4 if narrow or not half else 8, 2 if many else 4, 128
+        shape = 4, 4 if narrow or not half else 8, 2 if many else 4, 128, 128
     elif half and not narrow and not many:
-        groups, own, tokens, pixels = 2 * WARPS, 2, 2, 128
+        shape = 2 * WARPS, 2, 2, 128, 128
     else:
-        groups, own, tokens, pixels = WARPS, 2 if narrow else 8, 2 if narrow or logits > 6 else 4, 128
-    alike = len(set(channels)) == 1
+        shape = WARPS, 2 if narrow else 8, 2 if narrow or logits > 6 else 4, 128, 32 if narrow else 128
+    return _step(maps, *shape, narrow, interleaved)
+
+
+def backward_step(maps: Maps, logits: int, narrow: bool) -> Step:
+    """Likewise; laid out as the gradients are. Where gradients of logits are wanted, few lanes share a channel."""
+    half, interleaved = _element_size(maps) == 2, maps[0][-1].interleaved
+    if logits > PIXEL_LOGITS:
+        shape = 1, 32, 0, 32 if half else 64, 32 if half else 64
+    elif interleaved:
+        shape = 8, 4 if narrow or not half else 8, 4, 64, 64
+    elif logits:
+        shape = 4 * WARPS, 2, 2, 64, 64 if half and not narrow else 32
+    else:
+        shape = (2 if half else 1) * WARPS, 2 if narrow else 4, 2, 128, 32 if narrow else 128
+    return _step(maps, *shape, narrow, interleaved)
+
+
+def _step(
+    maps: Maps, groups: int, own: int, tokens: int, pixels: int, width: int, narrow: bool, interleaved: bool
+) -> Step:
+    channels = [level[0].shape[1] for level in maps]
+    alike, dense = len(set(channels)) == 1, all(m.rest_stride == m.shape[1] for level in maps for m in level)
+    even = all(c % (groups * own) == 0 for c in channels)
     return Step(
         groups,
         own,
         tokens,
         pixels,
+        width,
         WARPS,
         narrow,
         interleaved,
-        EVEN=all(c % (groups * own) == 0 for c in channels),
-        ALL=channels[0] if alike else 0,
-        DENSE=alike and all(m.rest_stride == m.shape[1] for level in maps for m in level),
+        even,
+        channels[0] if alike else 0,
+        alike and dense,
     )
 
 
-def backward_blocks(element_size: int, wants_logits: bool) -> tuple[int, int, int, int]:
-    if not wants_logits:
-        return STREAM_C, NARROW_STREAM_C, STREAM_P, STREAM_WARPS
-    return (32, 16, 32, 4) if element_size == 2 else (32, 16, 64, 8)
-
-
-def _element_size(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> int:
-    return max(x.element_size() for x in (*teacher, *student))
+def _element_size(maps: Maps) -> int:
+    return max(m.tensor.element_size() for m in maps[0])
 
 
 def pad_tokens(num_tokens: int) -> int:
@@ -978,20 +1193,6 @@ def _features(maps: Maps, tokens: Sequence[Tensor]) -> Features:
     t, s = [level[0] for level in maps], [level[-1] for level in maps]
     embeddings = tuple(e.contiguous() for e in tokens) if tokens else pointers(t)
     return Features(pointers(t), pointers(s), embeddings, strides_of(t), strides_of(s))
-
-
-def _old_features(maps):
-    """The arguments that both kernels take of the two maps."""
-    t, s = [level[0] for level in maps], [level[-1] for level in maps]
-    return {
-        "teacher": pointers(t),
-        "student": pointers(s),
-        "teacher_strides": strides_of(t),
-        "student_strides": strides_of(s),
-        "TEACHER_INTERLEAVED": t[0].interleaved,
-        "STUDENT_INTERLEAVED": s[0].interleaved,
-        "HAS_STUDENT": len(maps[0]) > 1,
-    }
 
 
 def _places(teacher: Sequence[Tensor], maps: Maps, run: slice, total_pixels: int, row_size: int) -> Places:
@@ -1077,62 +1278,59 @@ def backward(
     grad_masks, _, grad_distance, grad_mass, grad_error, grad_gram, grad_sums = grad
     grad_teacher, grad_tokens, grad_student = results
     maps, n = _dense(teacher, student), teacher[0].shape[0]
-    k, nothing = tokens[0].shape[0] if tokens else 0, saved.masks
-    widths = tuple(x.shape[3] if x.dim() == 4 else 0 for x in teacher)
-    pixel_offsets = offsets([level[0].shape[2] for level in maps])
-    channel_offsets = offsets([level[0].shape[1] for level in maps])
-    wants_logits = bool(grad_teacher or grad_tokens)
-    block_c, narrow_c, block_p, warps = backward_blocks(_element_size(teacher, student), wants_logits)
+    k, nothing, total_channels = tokens[0].shape[0] if tokens else 0, saved.masks, sum(x.shape[1] for x in teacher)
+    wanted = Wanted(bool(grad_teacher), bool(grad_tokens), bool(grad_student))
+    logits = k if wanted.teacher or wanted.tokens else 0
+    given = Given(*(x is not None for x in (grad_masks, grad_distance, grad_mass)), False, False, False)._replace(
+        error=grad_error is not None and len(student) > 0, gram=grad_gram is not None, sums=grad_sums is not None
+    )
+    slopes, lines = torch.empty_like(nothing) if logits else nothing, nothing
+    if grad_sums is not None and wanted.teacher and n:
+        lines = grad_sums.new_empty(n, 1 + LINES.value, total_channels)
+        lines_kernel[triton.cdiv(total_channels, BORDER_C), n](grad_sums, lines, total_channels, BLOCK=BORDER_C)
 
     def of_run(x: Tensor | None, run: slice) -> Tensor:
         return nothing if x is None else x[run]
 
     for run, run_maps in runs(maps):
-        levels = as_levels(run_maps, block_p)
-        own = pointers([level[0] for level in run_maps])
-        row_size = k * max(levels.channels) if grad_tokens else 0
-        partials = new_partials(levels, n, row_size, teacher[0])
+        step, narrow = (backward_step(run_maps, logits, narrow) for narrow in (False, True))
+        levels, own = as_levels(run_maps, step.PIXELS), pointers([level[0] for level in run_maps])
+        rows = levels.repeated(step.WARPS if step.INTERLEAVED and step.TOKENS else 1)
+        partials = new_partials(rows, n, k * max(levels.channels) if grad_tokens else 0, teacher[0])
+        places = _places(
+            teacher, maps, run, saved.masks.shape[2], partials.shape[1] * sum(rows.tiles) // max(sum(levels.tiles), 1)
+        )
         if n and sum(levels.tiles):
             backward_kernel[sum(levels.tiles), n](
-                tokens=tuple(e.contiguous() for e in tokens[run]) if tokens else own,
-                masks=saved.masks,
-                teacher_masks=saved.teacher_masks,
-                distance=saved.distance,
-                grad_masks=nothing if grad_masks is None else grad_masks,
-                grad_distance=nothing if grad_distance is None else grad_distance,
-                grad_mass=of_run(grad_mass, run),
-                grad_error=of_run(grad_error, run),
-                grad_gram=of_run(grad_gram, run),
-                grad_sums=nothing if grad_sums is None else grad_sums,
-                grad_teacher=tuple(grad_teacher[run]) if grad_teacher else own,
-                grad_student=tuple(grad_student[run]) if grad_student else own,
-                partials=partials,
-                levels=levels.encoded(),
-                widths=encode(widths[run]),
-                pixel_offsets=encode(pixel_offsets[run]),
-                total_pixels=saved.masks.shape[2],
-                channel_offsets=encode(channel_offsets[run]),
-                total_channels=sum(x.shape[1] for x in teacher),
-                row_size=row_size,
-                **_old_features(run_maps),
-                C_ALIGN=channel_alignment(levels.channels),
+                _features(run_maps, tokens[run]),
+                Results(saved.masks, saved.teacher_masks, saved.distance, nothing, nothing),
+                Upstream(
+                    nothing if grad_masks is None else grad_masks,
+                    nothing if grad_distance is None else grad_distance,
+                    of_run(grad_mass, run),
+                    of_run(grad_error, run),
+                    of_run(grad_gram, run),
+                    lines,
+                ),
+                Gradients(
+                    tuple(grad_teacher[run]) if grad_teacher else own,
+                    tuple(grad_student[run]) if grad_student else own,
+                    slopes,
+                    partials,
+                ),
+                levels.encoded(),
+                places,
                 K=k,
-                K_PAD=pad_tokens(k),
-                BLOCK_C=block_c,
-                NARROW_C=narrow_c,
-                BLOCK_P=block_p,
-                GRAD_INTERLEAVED=run_maps[0][-1].interleaved,
+                K_PAD=8 if k <= 8 else pad_tokens(k),
+                HAS_STUDENT=len(student) > 0,
                 CUSTOMIZE=saved.teacher_masks.numel() > 0,
-                HAS_MASKS=grad_masks is not None,
-                HAS_DISTANCE=grad_distance is not None,
-                HAS_MASS=grad_mass is not None,
-                HAS_ERROR=grad_error is not None and len(student) > 0,
-                HAS_GRAM=grad_gram is not None,
-                HAS_SUMS=grad_sums is not None,
-                WANT_TEACHER=bool(grad_teacher),
-                WANT_TOKENS=bool(grad_tokens),
-                WANT_STUDENT=bool(grad_student),
-                num_warps=warps,
+                GIVEN=given,
+                WANTED=wanted,
+                T_INTERLEAVED=run_maps[0][0].interleaved,
+                STEP=step,
+                NARROW_STEP=narrow,
+                num_warps=WARPS,
+                maxnreg=128 if step.TOKENS else None,
             )
         if grad_tokens:
-            reduce_tiles(partials, grad_tokens[run], levels, [k * c for c in levels.channels], n, per_image=False)
+            reduce_tiles(partials, grad_tokens[run], rows, [k * c for c in levels.channels], n, per_image=False)
