@@ -38,11 +38,6 @@ class Levels(NamedTuple):
     def encoded(self) -> Levels:
         return Levels(*map(encode, self))
 
-    def repeated(self, times: int) -> Levels:
-        """With as many times the tiles."""
-        first_tile, tiles = (tuple(times * x for x in field) for field in (self.first_tile, self.tiles))
-        return self._replace(first_tile=first_tile, tiles=tiles)
-
 
 class Strides(NamedTuple):
     """Of one map on each level, in elements."""

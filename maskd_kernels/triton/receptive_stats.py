@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -84,7 +83,7 @@ class Results(NamedTuple):
     teacher_masks: Any  # [N, K, total P]
     distance: Any  # [N, total P]
     borders: Any  # [N, LINES, total C]
-    partials: Any  # [N * tiles, row_size]: mass, error, gram, and from SUMS_AT on channel sums, [rows, C]
+    partials: Any  # [N * tiles, row_size]: mass, error, gram, and from SUMS_AT on channel sums
 
 
 class Places(NamedTuple):
@@ -292,6 +291,14 @@ def over_pixels(x, STEP: tl.constexpr):
 
 
 @triton.jit
+def over_warps(x):
+    """Sums of many channels over what ``over_pixels`` left."""
+    if len(x.shape) == 3:
+        x = tl.sum(x, 1)
+    return x
+
+
+@triton.jit
 def walk(
     features,
     sums_to,
@@ -311,8 +318,6 @@ def walk(
     e_at = pick(features.tokens, tile.level) + channel
     CHANNELS: tl.constexpr = STEP.CHANNELS
     to = tl.arange(0, STEP.GROUPS)[:, None] * STEP.CHANNELS + tl.arange(0, STEP.CHANNELS)[None, :]
-    if STEP.INTERLEAVED:
-        to = to[:, None, :] + tl.arange(0, STEP.WARPS)[None, :, None] * tile.channels
     sums_to += to
     sums = ()
     for _ in tl.static_range(K + K * CUSTOMIZE + 1):
@@ -343,13 +348,11 @@ def walk(
             sums = new
         if SUMS:
             if STEP.EVEN:
-                tl.store(sums_to, stacked(totals, 0, 1))
+                tl.store(sums_to, over_warps(stacked(totals, 0, 1)))
             else:
                 left = tile.channels - start - tl.arange(0, STEP.GROUPS)[:, None] * STEP.CHANNELS
                 real = tl.arange(0, STEP.CHANNELS)[None, :] < left
-                if STEP.INTERLEAVED:
-                    real = real[:, None, :]
-                tl.store(sums_to, stacked(totals, 0, 1), mask=real)
+                tl.store(sums_to, over_warps(stacked(totals, 0, 1)), mask=real)
         sums_to += STEP.GROUPS * STEP.CHANNELS
         e_at += STEP.GROUPS * STEP.CHANNELS
         t_at += t.step
@@ -627,7 +630,6 @@ def reduce_stats_kernel(
     K: tl.constexpr,
     HAS_STUDENT: tl.constexpr,
     SUMS_AT: tl.constexpr,  # a multiple of BLOCK
-    SUM_ROWS: tl.constexpr,  # of each tile
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -637,15 +639,12 @@ def reduce_stats_kernel(
     tiles, channels = integer(levels.tiles, level), integer(levels.channels, level)
     row = (tl.num_programs(1) * integer(levels.first_tile, level) + n * tiles).to(tl.int64)
     statistic = tl.program_id(0) * BLOCK < SUMS_AT
-    per_tile = tl.where(statistic, 1, SUM_ROWS)
     written = i < tl.where(statistic, 2 * K + K * K, SUMS_AT + channels)  # the rest is padding
     partial = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(0, tiles * per_tile, ROWS):
+    for start in range(0, tiles, ROWS):
         r = start + tl.arange(0, ROWS)
-        at = (row + r // per_tile) * decode(places.row_size) + r % per_tile * channels
-        partial += tl.load(
-            partials + at[:, None] + i[None, :], mask=(r < tiles * per_tile)[:, None] & written[None, :], other=0.0
-        )
+        at = (row + r[:, None]) * decode(places.row_size) + i[None, :]
+        partial += tl.load(partials + at, mask=(r < tiles)[:, None] & written[None, :], other=0.0)
     total = tl.sum(partial, 0)
     at = level * tl.num_programs(1) + n
     if statistic:
@@ -689,8 +688,8 @@ class Gradients(NamedTuple):
 
     teacher: Any  # tuple: [N, C, P]
     student: Any  # tuple: [N, C, P]
-    logits: Any  # [N, K, total P]
-    tokens: Any  # [N * tiles * rows, row_size], [K, C] in each row
+    logits: Any  # [N, K + 1, total P]: of logits, and the factor of the difference of the two maps
+    tokens: Any  # [N * tiles, row_size], [K, C] in each row
 
 
 class Given(NamedTuple):
@@ -749,7 +748,7 @@ def logit_gradients(
     GIVEN: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """The tile's gradients of the logits, put where all threads find them."""
+    """The tile's gradients of the logits and, as one more, ``pixel_factor``, put where all threads find them."""
     k, p = tl.arange(0, K_PAD), tl.arange(0, STEP.PIXELS)
     at_level = tile.level * tl.num_programs(1) + tile.n
     column = tile.column + p
@@ -758,11 +757,16 @@ def logit_gradients(
     at = (tile.n * K + k[:, None]) * total_pixels + column[None, :]
     m = read(saved.masks + at, real)  # [K_PAD, PIXELS]
     inner = tl.full([K_PAD, STEP.PIXELS], 0.0, tl.float32)
+    difference = tl.full([STEP.PIXELS], 0.0, tl.float32)
+    if GIVEN.distance:
+        difference += read(grad.distance + tile.n * total_pixels + column, inside)
     if GIVEN.mass:
         inner += read(grad.mass + at_level * K + k, k < K)[:, None]
     if GIVEN.error:
         d = read(saved.distance + tile.n * total_pixels + column, inside)
-        inner += 2 * read(grad.error + at_level * K + k, k < K)[:, None] * m * d[None, :]
+        error = read(grad.error + at_level * K + k, k < K)[:, None] * m
+        inner += 2 * error * d[None, :]
+        difference += tl.sum(error * m, 0)
     if GIVEN.gram:
         gram = grad.gram + at_level * K * K
         if K_PAD < 16:
@@ -778,20 +782,23 @@ def logit_gradients(
     factor = m
     if CUSTOMIZE:
         factor = read(saved.teacher_masks + at, real)
-    tl.store(to + at, inner * m * (1 - factor), mask=real)
+    to += tile.n * (K + 1) * total_pixels
+    tl.store(to + k[:, None] * total_pixels + column[None, :], inner * m * (1 - factor), mask=real)
+    tl.store(to + K * total_pixels + column, 2 * difference, mask=inside)
     tl.debug_barrier()
 
 
 @triton.jit
-def pixel_factor(saved, grad, tile, total_pixels, pixel, exists, K: tl.constexpr, GIVEN: tl.constexpr):
-    """What the difference of the two maps is multiplied by, shaped like ``pixel``."""
-    factor = tl.full(pixel.shape, 0.0, tl.float32)
+def pixel_factor(saved, grad, tile, total_pixels, K: tl.constexpr, GIVEN: tl.constexpr):
+    """What the difference of the two maps is multiplied by, [1, PARTS, WIDTH]."""
+    factor = tl.full(tile.pixel.shape, 0.0, tl.float32)
+    column = tile.column + tile.pixel
     if GIVEN.distance:
-        factor += read(grad.distance + tile.n * total_pixels + (tile.column + pixel), exists)
+        factor += read(grad.distance + tile.n * total_pixels + column, tile.exists)
     if GIVEN.error:
         g = grad.error + (tile.level * tl.num_programs(1) + tile.n) * K
         for k in tl.static_range(K):
-            m = read(saved.masks + (tile.n * K + k) * total_pixels + (tile.column + pixel), exists)
+            m = read(saved.masks + (tile.n * K + k) * total_pixels + column, tile.exists)
             factor += tl.load(g + k) * m * m
     return 2 * factor
 
@@ -901,7 +908,10 @@ def walk_back(
                     else:
                         write_channel(to_s_at, to_s.rest, d, j, valid)
             if WANTED.teacher:
-                gradient = tl.full([STEP.GROUPS, tile.pixel.shape[1], tile.pixel.shape[2]], 0.0, tl.float32)
+                if HAS_STUDENT:
+                    gradient = -d
+                else:
+                    gradient = tl.full([STEP.GROUPS, tile.pixel.shape[1], tile.pixel.shape[2]], 0.0, tl.float32)
                 if len(borders) > 0:
                     c = start + j + group
                     gradient += read(lines + c, c < tile.channels)[:, None, None]
@@ -910,8 +920,6 @@ def walk_back(
                         gradient += read(at, c < tile.channels)[:, None, None] * borders[i]
                 for k in tl.static_range(LOGITS):
                     gradient += tokens[k][j % STEP.TOKENS][:, None, None] * slopes[k]
-                if HAS_STUDENT:
-                    gradient -= d
                 if len(to_t_at.shape) == 4:
                     all_t = all_t + (gradient,)
                 else:
@@ -929,10 +937,7 @@ def walk_back(
             i = tl.arange(0, 8 * CHANNELS)
             c, k = start + group[:, None] + (i // 8)[None, :], (i % 8)[None, :]
             to, real = k * tile.channels + c, (k < K) & (c < tile.channels)
-            if STEP.INTERLEAVED:
-                to = to[:, None, :] + tl.arange(0, STEP.WARPS)[None, :, None] * (K * tile.channels)
-                real = real[:, None, :]
-            tl.store(tokens_to + to, stacked(sums, 0, 1), mask=real)
+            tl.store(tokens_to + to, over_warps(stacked(sums, 0, 1)), mask=real)
         e_at += STEP.GROUPS * STEP.CHANNELS
         t_at += t.step
         s_at += s.step
@@ -1028,13 +1033,15 @@ def backward_tile(
         borders = on_lines(tile, places, STEP)
     if LOGITS:
         logit_gradients(saved, grad, out.logits, tile, total_pixels, K, K_PAD, CUSTOMIZE, GIVEN, STEP)
+    slopes_at = out.logits + tile.n * (K + 1) * total_pixels + tile.column
     if STEP.TOKENS > 0:
-        factor = pixel_factor(saved, grad, tile, total_pixels, tile.pixel, tile.exists, K, GIVEN)
         slopes = ()
         if LOGITS:
             for k in tl.static_range(K):
-                at = out.logits + (tile.n * K + k) * total_pixels + (tile.column + tile.pixel)
-                slopes = slopes + (read(at, tile.exists),)
+                slopes = slopes + (read(slopes_at + k * total_pixels + tile.pixel, tile.exists),)
+            factor = read(slopes_at + K * total_pixels + tile.pixel, tile.exists)
+        else:
+            factor = pixel_factor(saved, grad, tile, total_pixels, K, GIVEN)
         walk_back(
             features,
             targets,
@@ -1053,15 +1060,15 @@ def backward_tile(
     else:
         k, p = tl.arange(0, K_PAD), tl.arange(0, STEP.PIXELS)
         inside = tile.first + p < tile.pixels
-        factor = pixel_factor(saved, grad, tile, total_pixels, p, inside, K, GIVEN)
-        at = out.logits + (tile.n * K + k[:, None]) * total_pixels + (tile.column + p)[None, :]
+        slopes = read(slopes_at + k[:, None] * total_pixels + p[None, :], (k < K)[:, None] & inside[None, :])
+        factor = read(slopes_at + K * total_pixels + p, inside)
         walk_back_by_dot(
             features,
             targets,
             lines,
             tile,
             factor,
-            read(at, (k < K)[:, None] & inside[None, :]),
+            slopes,
             borders,
             tokens_to,
             K,
@@ -1144,9 +1151,9 @@ def backward_step(maps: Maps, logits: int, narrow: bool) -> Step:
     if logits > PIXEL_LOGITS:
         shape = 1, 32, 0, 32 if half else 64, 32 if half else 64
     elif interleaved:
-        shape = 8, 4 if narrow or not half else 8, 4, 64, 64
+        shape = 8, 2 if narrow else 4 if logits or not half else 8, 2, 64, 64
     elif logits:
-        shape = 4 * WARPS, 2, 2, 64, 64 if half and not narrow else 32
+        shape = (WARPS, 1, 1, 64, 32) if narrow else (4 * WARPS, 2, 2, 64, 64 if half else 32)
     else:
         shape = (2 if half else 1) * WARPS, 2 if narrow else 4, 2, 128, 32 if narrow else 128
     return _step(maps, *shape, narrow, interleaved)
@@ -1222,8 +1229,8 @@ def forward(
         step, narrow = (forward_step(run_maps, logits, narrow) for narrow in (False, True))
         levels, channels = as_levels(run_maps, step.PIXELS), max(level[0].shape[1] for level in run_maps)
         # The sums start on a whole block of the second kernel.
-        sums_at, sum_rows = triton.cdiv(2 * k + k * k, 64) * 64, step.WARPS if few and step.INTERLEAVED else 1
-        row_size = sums_at + (sum_rows * channels if wants_sums else 0)
+        sums_at = triton.cdiv(2 * k + k * k, 64) * 64
+        row_size = sums_at + (channels if wants_sums else 0)
         partials = new_partials(levels, n, row_size, teacher[0])
         borders = partials.new_empty(n, LINES.value, sum(x.shape[1] for x in teacher) if wants_sums else 0)
         places = _places(teacher, maps, run, out.masks.shape[2], row_size)
@@ -1259,7 +1266,6 @@ def forward(
                 K=k,
                 HAS_STUDENT=len(student) > 0,
                 SUMS_AT=sums_at,
-                SUM_ROWS=sum_rows,
                 ROWS=rows,
                 BLOCK=block,
                 num_warps=4,
@@ -1284,7 +1290,7 @@ def backward(
     given = Given(*(x is not None for x in (grad_masks, grad_distance, grad_mass)), False, False, False)._replace(
         error=grad_error is not None and len(student) > 0, gram=grad_gram is not None, sums=grad_sums is not None
     )
-    slopes, lines = torch.empty_like(nothing) if logits else nothing, nothing
+    slopes, lines = nothing.new_empty(n, k + 1, nothing.shape[2]) if logits else nothing, nothing
     if grad_sums is not None and wanted.teacher and n:
         lines = grad_sums.new_empty(n, 1 + LINES.value, total_channels)
         lines_kernel[triton.cdiv(total_channels, BORDER_C), n](grad_sums, lines, total_channels, BLOCK=BORDER_C)
@@ -1295,11 +1301,9 @@ def backward(
     for run, run_maps in runs(maps):
         step, narrow = (backward_step(run_maps, logits, narrow) for narrow in (False, True))
         levels, own = as_levels(run_maps, step.PIXELS), pointers([level[0] for level in run_maps])
-        rows = levels.repeated(step.WARPS if step.INTERLEAVED and step.TOKENS else 1)
-        partials = new_partials(rows, n, k * max(levels.channels) if grad_tokens else 0, teacher[0])
-        places = _places(
-            teacher, maps, run, saved.masks.shape[2], partials.shape[1] * sum(rows.tiles) // max(sum(levels.tiles), 1)
-        )
+        row_size = k * max(levels.channels) if grad_tokens else 0
+        partials = new_partials(levels, n, row_size, teacher[0])
+        places = _places(teacher, maps, run, saved.masks.shape[2], row_size)
         if n and sum(levels.tiles):
             backward_kernel[sum(levels.tiles), n](
                 _features(run_maps, tokens[run]),
@@ -1330,7 +1334,7 @@ def backward(
                 STEP=step,
                 NARROW_STEP=narrow,
                 num_warps=WARPS,
-                maxnreg=128 if step.TOKENS else None,
+                maxnreg=(168 if logits else 128) if step.TOKENS else None,
             )
         if grad_tokens:
-            reduce_tiles(partials, grad_tokens[run], rows, [k * c for c in levels.channels], n, per_image=False)
+            reduce_tiles(partials, grad_tokens[run], levels, [k * c for c in levels.channels], n, per_image=False)
