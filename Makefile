@@ -4,17 +4,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo study test test-models fuzz sanitize bench gpu lint format clean help
+.PHONY: demo study test test-models matrix fuzz sanitize aarch64 bench gpu docs lint format clean help
 
 help:
 	@echo "make demo   distil a segmenter by every method, start to end (about 10 minutes on two cores)"
 	@echo "make study  what masks add to distilling a detector, five seeds (up to three hours on two cores; resumes)"
 	@echo "make test   all tests (GPU tests only where there is a GPU)"
-	@echo "make test-models  real models of transformers, timm, Lightning and Ultralytics, in an environment of their own"
+	@echo "make test-models  models of transformers, timm, Lightning, Ultralytics, torchdistill, in their own environment"
+	@echo "make matrix  kernel tests with the oldest, the pinned and the newest torch and triton, each in an environment of its own"
 	@echo "make fuzz   random calls against the reference in float64 (SEED, CASES)"
 	@echo "make sanitize  fuzzer and kernel tests with AddressSanitizer and UndefinedBehaviorSanitizer in the C++ kernels"
+	@echo "make aarch64  the C++ kernels cross-compiled and checked in an emulator (Debian: g++-aarch64-linux-gnu qemu-user)"
 	@echo "make bench  microbenchmarks on the CPU against the published formula, torch.compile and a streaming pass"
 	@echo "make gpu    tests and benches on an NVIDIA GPU, with the torch that PYTHON has; installs nothing"
+	@echo "make docs   the documentation as a site, in build/site"
 	@echo "make lint   ruff, mypy, clang-format"
 
 $(INSTALLED): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/* python/*)
@@ -35,13 +38,18 @@ test: $(INSTALLED)
 
 # The frameworks' newest releases beside the pinned torch. Nothing is downloaded but packages: all weights are random.
 MODELS_VENV := .venv-models
-MODELS := "transformers[torch]>=5" "timm>=1" "lightning>=2.5" "ultralytics>=8.4"
+MODELS := "transformers[torch]>=5" "timm>=1" "lightning>=2.5" "ultralytics>=8.4" "cloudpickle>=3.1" "torchdistill>=1.1"
 
 test-models:
 	$(PYTHON) -m venv $(MODELS_VENV)
 	$(MODELS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable ".[test]" $(MODELS)
-	YOLO_CONFIG_DIR=$(abspath build) YOLO_OFFLINE=true $(MODELS_VENV)/bin/python -m pytest tests/test_models.py tests/test_documentation.py
+	YOLO_CONFIG_DIR=$(abspath build) YOLO_OFFLINE=true $(MODELS_VENV)/bin/python -m pytest \
+		tests/test_models.py tests/test_integrations.py tests/test_documentation.py
+
+# Five gigabytes and some minutes each; removed afterwards. Beside the native kernels of .venv.
+matrix: $(INSTALLED)
+	$(BIN)/python tests/matrix.py
 
 SEED ?= 0
 CASES ?= 3000
@@ -69,6 +77,17 @@ sanitize: $(INSTALLED)
 		assert native.module().__file__.startswith("$(abspath $(SANITIZED))/"); sys.exit(pytest.main(sys.argv[1:]))' \
 		-p no:cacheprovider --capture=sys -k "not triton" $(abspath $(SANITIZED_TESTS))
 
+# What tests/kernels/check.cpp compares. CMAKE is any from 3.18 on; natively, and by another compiler:
+#   cmake -S . -B build/check -DMASKD_CHECK=ON -DCMAKE_CXX_COMPILER=clang++
+CMAKE ?= cmake
+AARCH64 := build/aarch64
+
+aarch64:
+	$(CMAKE) -S . -B $(AARCH64) -DMASKD_CHECK=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+	$(CMAKE) --build $(AARCH64) --parallel
+	qemu-aarch64 -L /usr/aarch64-linux-gnu $(AARCH64)/kernel_check
+
 bench: $(INSTALLED)
 	$(BIN)/python -m bench --json bench/results
 	$(BIN)/python -m bench.scaling --json bench/results
@@ -89,17 +108,21 @@ gpu:
 	timeout 230 $(PYTHON) -m bench --device cuda --suite maskd-gpu,operators-gpu,generative-gpu --seconds 3 --json bench/results
 	timeout 90 $(PYTHON) -m bench.end_to_end --device cuda --seconds 6 --json bench/results
 
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[lint]"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h python/*.cpp python/*.h
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h python/*.cpp python/*.h tests/kernels/*
 
 format:
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h python/*.cpp python/*.h
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h python/*.cpp python/*.h tests/kernels/*
 
 clean:
 	rm -rf $(VENV) build dist demo_output *.egg-info maskd_kernels/*.so

@@ -18,18 +18,33 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from bench.cases import FASTER_RCNN, RETINANET
 from maskd_kernels import MaskModule, backends, functional, use_backend
 from maskd_kernels import triton as kernels
 from maskd_kernels.ops.attention_stats import attention_stats
 from maskd_kernels.ops.scale_pixels import scale_pixels
 from maskd_kernels.ops.squared_error import squared_error
+from maskd_kernels.triton import launch
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = ("float32", "float16", "bfloat16")
 LAYOUTS = ("planar", "interleaved")
-LEVELS = ((8, 16), (4, 8), (5, 5), (3, 3), (1, 2))  # some in rows of whole vectors, some not
 CHANNELS = 256
-Sizes = tuple[tuple[int, int], ...]
+Sizes = tuple[tuple[int, ...], ...]
+LEVELS: Sizes = ((8, 16), (4, 8), (5, 5), (3, 3), (1, 2))  # some in rows of whole vectors, some not
+
+
+class Workload(NamedTuple):
+    """What kernels are launched for, with as many levels as ``LEVELS``: the same kernels."""
+
+    images: int
+    sizes: Sizes
+
+
+WORKLOADS = {
+    "RetinaNet P3-P7, N=2": Workload(2, RETINANET),
+    "Faster R-CNN P2-P6, N=16": Workload(16, FASTER_RCNN),
+}
 
 
 class Walk(NamedTuple):
@@ -68,16 +83,40 @@ def jit_functions() -> dict[str, Any]:
     }
 
 
+class Launched(NamedTuple):
+    """A launch that the driver saw."""
+
+    grid: tuple[int, ...]
+    total_bytes: int  # of all tensors that it was given
+
+
+def total_bytes(arguments: Any) -> int:
+    """Of the tensors in nested tuples; what lies at one address counts once."""
+    found: dict[int, int] = {}
+
+    def look(argument: Any) -> None:
+        if isinstance(argument, torch.Tensor):
+            found[argument.data_ptr()] = max(argument.nbytes, found.get(argument.data_ptr(), 0))
+        elif isinstance(argument, tuple):
+            for part in argument:
+                look(part)
+
+    look(arguments)
+    return sum(found.values())
+
+
 class Driver:
     """What Triton asks of its driver. Compiles for ``architecture``, and remembers what was launched."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
         self.launches: list[str] = []
-        self.grids: list[tuple[str, tuple[int, ...]]] = []
+        self.launched: dict[str, Launched] = {}  # the last of each name
         limits = {"max_shared_mem": 1 << 30, "multiprocessor_count": {80: 108, 90: 132, 100: 148}[architecture]}
         self.utils = SimpleNamespace(
-            get_device_properties=lambda device: limits, load_binary=lambda *_: (object(), 0, 0, 0, 1024)
+            get_device_properties=lambda device: limits,
+            load_binary=lambda *_: (object(), 0, 0, 0, 1024),
+            unload_module=lambda module: None,
         )
 
     def get_current_target(self) -> GPUTarget:
@@ -92,14 +131,22 @@ class Driver:
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         def launch(*arguments: Any) -> None:
             self.launches.append(source.fn.__name__)
-            self.grids.append((source.fn.__name__, arguments[:3]))
+            self.launched[source.fn.__name__] = Launched(arguments[:3], total_bytes(arguments[3:]))
 
         return launch
+
+
+def compile_anew() -> None:
+    """Forgets what was compiled in this process: a kernel keeps the driver that it was first launched by."""
+    launch.forget()
+    for function in jit_functions().values():
+        function.device_caches.clear()
 
 
 def install(architecture: int) -> Driver:
     """Makes the stand-in Triton's driver, for this process."""
     backends.why_no_triton = lambda device_type: None
+    compile_anew()
     stand_in = Driver(architecture)
     driver.set_active(stand_in)
     return stand_in
@@ -171,30 +218,48 @@ class Compiled(NamedTuple):
     layout: str
     architecture: int
     kernel: Any  # Triton's
+    launches: dict[str, Launched]  # of each workload, where asked for
 
     @property
     def key(self) -> str:
         return f"{self.scenario} {self.name} {self.layout} {self.dtype} sm_{self.architecture}"
 
 
+def itemsize(compiled: Compiled) -> int:
+    """Bytes of an element of the features."""
+    size: int = getattr(torch, compiled.dtype).itemsize
+    return size
+
+
 def compile_kernels(
-    architecture: int, dtype: str, layout: str, scenarios: Collection[str], wanted: Callable[[str], bool] | None = None
+    architecture: int,
+    dtype: str,
+    layout: str,
+    scenarios: Collection[str],
+    wanted: Callable[[str], bool] | None = None,
+    workloads: Collection[str] = (),
 ) -> Iterator[Compiled]:
-    """Each kernel of each scenario, of those ``wanted`` by name."""
-    install(architecture)
+    """Each kernel of each scenario, of those ``wanted`` by name, and what it is launched with for each workload."""
+    active = install(architecture)
     functions = jit_functions()
     skipped = [f for name, f in functions.items() if wanted is not None and not wanted(name)]
     for function in skipped:
         function.run = lambda *_, **__: None
     try:
         for scenario in scenarios:
-            for function in functions.values():
-                function.device_caches.clear()
+            compile_anew()
+            launched: dict[str, dict[str, Launched]] = {}
             with use_backend("triton"):
-                (SCENARIOS | TOKEN_SCENARIOS)[scenario](getattr(torch, dtype), layout == "interleaved")()
+                prepare = functools.partial((SCENARIOS | TOKEN_SCENARIOS)[scenario], getattr(torch, dtype))
+                prepare(layout == "interleaved")()
+                for name in workloads:
+                    active.launched.clear()
+                    prepare(layout == "interleaved", images=WORKLOADS[name].images, sizes=WORKLOADS[name].sizes)()
+                    launched[name] = dict(active.launched)
             for name, function in functions.items():
                 for i, kernel in enumerate(function.device_caches[architecture][0].values()):
-                    yield Compiled(scenario, f"{name}{i or ''}", dtype, layout, architecture, kernel)
+                    own = {workload: found[kernel.name] for workload, found in launched.items() if kernel.name in found}
+                    yield Compiled(scenario, f"{name}{i or ''}", dtype, layout, architecture, kernel, own)
     finally:
         for function in skipped:
             del function.run

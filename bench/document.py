@@ -1,4 +1,4 @@
-"""``python -m bench.document``: writes docs/benchmarks.md and the README's figures from the committed results.
+"""``python -m bench.document``: writes docs/benchmarks.md, the README's figures and docs/study.md's from the results.
 
 ``--check`` only compares.
 """
@@ -8,21 +8,37 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "benchmarks.md"
-DEMO = ROOT / "docs" / "demo" / "results.md"
+STUDY = ROOT / "docs" / "study.md"
+RESULTS_OF_RUNS = ("demo/results.md", "study/results.md", "study/short.md")
 RESULTS = ROOT / "bench" / "results"
+STATIC = RESULTS / "static.json"
 SMALL = 2 << 20  # bytes of a map: a second-level cache
 STEP = [
     "torchvision's models with random weights, forward and backward without the optimizer, the student in float32.",
     "Share: what is added to the step without distillation, of the whole step. Teacher and loss are measured by",
     "themselves, in the same rounds. A prepared teacher: batch norms folded, channels-last.",
     "",
-    "![Training steps](benchmarks/end_to_end.png)",
+]
+STATIC_ABOUT = [
+    "No GPU was there: `python -m bench.static --json bench/results/static.json` compiles the kernels for GPUs that",
+    "are not there, with Triton {triton}, and counts the machine code. Instructions of a warp's lane per element of a",
+    "feature map, or per pair where two maps are read, in the loop over channels: where rows are whole vectors, in",
+    "brackets where not. Barriers and shuffles of a step; warps that fit an SM, and what their loads then have under",
+    "way. Six tokens where nothing else is said; `tokens`: they and the teacher are trained as well. On sm_90; the",
+    "file has the other architectures, float16 and the classes of instructions.",
+]
+PREDICTED = [
+    "Microseconds, **predicted from compiled code, not measured**: the largest of three terms, which is named. Memory:",
+    "every byte once, at peak bandwidth. Issue: instructions over issue slots. Latency: bytes over those under way, by",
+    "Little's law. Formulas, peak figures and what is left out: `bench/model.py`. C=256, each kernel by itself,",
+    "nothing in the L2 cache, without the launch.",
 ]
 OURS = ("auto", "triton", "native")
 COMPETITORS = {
@@ -110,7 +126,11 @@ def readme_section() -> str:
         retinanet = content["models"][0]
         lines += ["", f"A whole training step, {retinanet['title']}, {_device(content)}:", ""]
         lines += step_table(retinanet["rows"])
-        lines += ["", "A teacher in bfloat16 pays where the processor computes in it; AVX2 and plain AVX-512 do not."]
+    lines += [
+        "",
+        "A teacher in bfloat16 pays where the processor has instructions for it (AVX-512-BF16, AMX). The machine with",
+        "avx512 above has, the one with avx2 has not, and computes it many times slower than float32.",
+    ]
     lines += ["", "More, and how to reproduce it: [docs/benchmarks.md](docs/benchmarks.md)."]
     return "\n".join(lines)
 
@@ -164,6 +184,41 @@ def step_table(rows: list[dict[str, Any]]) -> list[str]:
         cells.append(f"{row['added_ratio']:.2f}×" if "added_ratio" in row else "")
         cells += [f"{row[key]:.1f}" if key in row else "" for key in ("teacher_ms", "loss_ms")]
         lines.append("| " + " | ".join([*cells, f"{row['peak_mib']:.0f}"]) + " |")
+    return lines
+
+
+def _kernels(content: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Of float32 and bfloat16: each kernel's entries, by architecture."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for key, entry in content["kernels"].items():
+        name, architecture = key.rsplit(" ", 1)
+        if not name.endswith("float16") or name.endswith("bfloat16"):
+            found.setdefault(name, {})[architecture] = entry
+    return found
+
+
+def static_section(content: dict[str, Any]) -> list[str]:
+    """What the Triton kernels are made of, and the times predicted from it."""
+    lines = ["", "## Triton kernels, predicted from compiled code, not measured", ""]
+    lines += [line.format(triton=content["triton"]) for line in STATIC_ABOUT]
+    head = ["kernel", "instructions", "barriers", "shuffles", "registers", "warps", "KiB under way"]
+    lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    kernels = _kernels(content)
+    for name, of in kernels.items():
+        entry = of["sm_90"]
+        wide = entry["wide"]
+        narrow = f" ({entry['narrow']['per_element']:.1f})" if "narrow" in entry else ""
+        cells = [name, f"{wide['per_element']:.1f}{narrow}", wide["barriers"], wide["shuffles"], entry["registers"]]
+        cells += [entry["resident_warps"], f"{wide['bytes_in_flight'] / 1024:.0f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", *PREDICTED]
+    gpus = content["gpus"]
+    for workload in next(iter(content["kernels"].values()))["predicted"]:
+        lines += ["", f"{workload}:", "", "| kernel | " + " | ".join(gpus) + " |", "|" + "---|" * (1 + len(gpus))]
+        for name, of in kernels.items():
+            times = [of[f"sm_{gpu['architecture']}"]["predicted"][workload][label] for label, gpu in gpus.items()]
+            cells = [f"{t[t['binding'] + '_us']:.0f}, {t['binding']}" for t in times]
+            lines.append("| " + " | ".join([name, *cells]) + " |")
     return lines
 
 
@@ -223,29 +278,39 @@ def page() -> str:
     for path in sorted(RESULTS.glob("*/end_to_end.json")):
         content = json.loads(path.read_text())
         lines += ["", f"## A training step, end to end, on {_device(content)}", "", *STEP]
+        lines.append(f"![Training steps](benchmarks/end_to_end-{path.parent.name}.png)")
         for model in content["models"]:
             lines += ["", f"### {model['title']}", "", *step_table(model["rows"])]
+    lines += static_section(json.loads(STATIC.read_text()))
     return "\n".join(lines) + "\n"
 
 
-def filled(text: str) -> str:
-    """The README with both sections replaced."""
-    sections = {"demo": DEMO.read_text().strip(), "bench": readme_section()}
+def filled(text: str, sections: Mapping[str, str]) -> str:
+    """A page with its generated sections replaced."""
     for name, section in sections.items():
         pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
         text, count = re.subn(pattern, lambda m, s=section: f"{m[1]}{s}\n{m[2]}", text, flags=re.DOTALL)
         if count != 1:
-            raise ValueError(f"README.md: expected one section {name!r}, got {count}")
+            raise ValueError(f"expected one section {name!r}, got {count}")
     return text
 
 
+def pages() -> dict[Path, str]:
+    """What each page should say."""
+    demo, study, short = ((ROOT / "docs" / path).read_text().strip() for path in RESULTS_OF_RUNS)
+    return {
+        README: filled(README.read_text(), {"demo": demo, "study": short, "bench": readme_section()}),
+        STUDY: filled(STUDY.read_text(), {"study": study}),
+        PAGE: page(),
+    }
+
+
 def main() -> int:
-    """Writes both, or says whether they are what the results say."""
-    text = README.read_text()
+    """Writes the pages, or says whether they are what the results say."""
     if "--check" in sys.argv:
-        return int(filled(text) != text or PAGE.read_text() != page())
-    README.write_text(filled(text))
-    PAGE.write_text(page())
+        return int(any(path.read_text() != text for path, text in pages().items()))
+    for path, text in pages().items():
+        path.write_text(text)
     return 0
 
 

@@ -219,7 +219,8 @@ def measure(setup: Setup, device: str, seconds: float) -> list[dict[str, Any]]:
     calls |= {(name, "teacher"): teacher_alone(d, setup.inputs) for name, d in distillers.items() if name != PUBLISHED}
     calls |= {(name, "loss"): loss.alone() for name, loss in losses.items()}
     named = {" / ".join(key): (lambda call=call: time_once(call)) for key, call in calls.items()}
-    timings = interleaved(named, seconds)
+    # A step's spread is many times the loss's time: differences between steps want more than three runs.
+    timings = interleaved(named, seconds, least_if_long=lambda name: 9 if name.endswith(" / step") else 3)
 
     def timing(name: str, part: str) -> Timing:
         return timings[f"{name} / {part}"]

@@ -138,7 +138,7 @@ def draw_steps(models: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """All pictures, of the first device that has results."""
+    """All pictures, of the first device that has results; training steps of every device."""
     suites = {name: load(name) for name in ("maskd", "operators")}
     results = {name: found[0][1]["results"] for name, found in suites.items() if found}
     draw_ratios(results["maskd"], FOLDER / "ratios.png")
@@ -147,9 +147,8 @@ def main() -> None:
     scaling = load("scaling")
     if scaling:
         draw_scaling(scaling[0][1]["series"], FOLDER / "scaling.png")
-    steps = load("end_to_end")
-    if steps:
-        draw_steps(steps[0][1]["models"], FOLDER / "end_to_end.png")
+    for result, steps in load("end_to_end"):
+        draw_steps(steps["models"], FOLDER / f"end_to_end-{result.parent.name}.png")
 
 
 if __name__ == "__main__":

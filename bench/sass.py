@@ -118,8 +118,8 @@ def parse_ptx(ptx: str) -> list[Instruction | str]:
             size = 0
             if load := re.match(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bfus](\d+)$", opcode):
                 size = int(load.group(1) or 1) * int(load.group(2)) // 8
-            elif opcode.startswith(("cp.async.ca", "cp.async.cg")):
-                size = int(re.findall(r", (?:0x)?([0-9a-f]+)", operands)[0], 0)
+            elif re.match(r"cp\.async\.c[ag]\.", opcode):
+                size = int(re.findall(r", (0x[0-9a-f]+|\d+)", operands)[0], 0)
             result.append(Instruction(predicate, opcode, operands, to and to.group(1), not leaves, size))
     return result
 
@@ -162,11 +162,17 @@ def loops(code: Sequence[Instruction | str]) -> list[list[Instruction]]:
             if head <= i and i in (inside := reach(head, after)):
                 body = {head} if head == i else (inside & reach(i, before, never=head)) | {head}
                 bodies[head] = bodies.get(head, set()) | body
-    reading = {
-        head: body for head, body in bodies.items() if any(x.load_bytes for block in body for x in blocks[block])
-    }
-    innermost = [b for h, b in reading.items() if not any(g != h and other < b for g, other in reading.items())]
+    # Code that branches back into a loop beside its head is the same loop.
+    found = {frozenset(body) for body in bodies.values()}
+    reading = [body for body in found if any(x.load_bytes for block in body for x in blocks[block])]
+    innermost = [body for body in reading if not any(other < body for other in reading)]
     return [[x for i in sorted(body) for x in blocks[i]] for body in sorted(innermost, key=min)]
+
+
+def width(body: Sequence[Instruction]) -> float:
+    """Bytes of a load of global memory, on average."""
+    loads = [x.load_bytes for x in body if x.load_bytes]
+    return sum(loads) / len(loads)
 
 
 def tiles(ttgir: str, reads: int, item_bytes: int) -> list[int]:
@@ -249,18 +255,18 @@ def count(kernel: Any, reads: int, item_bytes: int) -> Code:
     used = resources(kernel.asm["cubin"])
     warps = kernel.metadata.num_warps
     code = disassemble(kernel.asm["cubin"])
-    bodies = loops(code) if reads else []
+    # Triton's own code has the loop for whole vectors first; what compilers make of it need not.
+    bodies = sorted(loops(code), key=width, reverse=True) if reads else []
     sizes = tiles(kernel.asm["ttgir"], reads, item_bytes) if reads else []
-    written = loops(parse_ptx(kernel.asm["ptx"])) if reads else []
+    written = sorted(loops(parse_ptx(kernel.asm["ptx"])), key=width, reverse=True) if reads else []
     if not len(bodies) == len(sizes) == len(written):
         found = f"{len(sizes)} in Triton's code, {len(written)} in PTX, {len(bodies)} in machine code"
         raise ValueError(f"{kernel.name}: expected the same loops over features everywhere, got {found}")
     counted = []
-    loaded = [sum(x.load_bytes for x in body) for body in written]
-    for body, size in zip(bodies, sizes, strict=True):
-        # The assembler unrolls short loops. In PTX they may come in another order: each is known by what it loads.
-        loads = sum(x.load_bytes for x in body)
-        elements = size * loads // max((x for x in loaded if loads % x == 0), default=loads)
+    for body, before, size in zip(bodies, written, sizes, strict=True):
+        # The assembler unrolls short loops.
+        unrolled = max(round(sum(x.load_bytes for x in body) / sum(x.load_bytes for x in before)), 1)
+        elements = size * unrolled
         classes = Counter(x.kind for x in body)
         kinds = [*CLASSES, "integer"]
         counted.append(

@@ -175,6 +175,7 @@ MASKD_INLINE T value_of(T x) {
   return x;
 }
 
+typedef uint16_t NarrowVec __attribute__((vector_size(32)));
 typedef uint16_t StoredVec __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint32_t BitsVec __attribute__((vector_size(64)));
 
@@ -199,21 +200,21 @@ MASKD_INLINE BitsVec rounded_to_bfloat(Vec<float> v) {
   return v == v ? rounded : 0x7fc00000u - BitsVec{};
 }
 
-MASKD_INLINE StoredVec narrow(Vec<float> v, BFloat) {
+MASKD_INLINE NarrowVec narrow(Vec<float> v, BFloat) {
   const BitsVec result = rounded_to_bfloat(v) >> 16;
 #if defined(__AVX512F__)
-  return reinterpret_cast<StoredVec>(_mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(result)));
+  return reinterpret_cast<NarrowVec>(_mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(result)));
 #else
-  return __builtin_convertvector(result, StoredVec);
+  return __builtin_convertvector(result, NarrowVec);
 #endif
 }
 
-MASKD_INLINE StoredVec narrow(Vec<float> v, Half) {
+MASKD_INLINE NarrowVec narrow(Vec<float> v, Half) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<StoredVec>(
+  return reinterpret_cast<NarrowVec>(
       _mm512_maskz_cvtps_ph(0xffff, __m512(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
-  StoredVec stored;
+  NarrowVec stored;
   for (int64_t i = 0; i < kLanes<float>; ++i) stored[i] = float_to_half(v[i]);
   return stored;
 #endif

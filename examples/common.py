@@ -47,7 +47,7 @@ def fill(args: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
 
 def decisive(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that decide a result, as the checkpoint keeps them."""
-    free = {"run", "out", "runs", "resume", "workers", "device", "data", "teacher", "tokens"}
+    free = {"run", "out", "runs", "resume", "workers", "device", "data", "teacher", "tokens", "remember"}
     return {k: v if not isinstance(v, (Path, list)) else str(v) for k, v in vars(args).items() if k not in free}
 
 

@@ -20,8 +20,10 @@ from typing import Any
 import common
 import torch
 from detection_data import Boxes, collate
+from detection_scores import draw_boxes, mean_average_precision
 from detectors import BOX_REGRESSION, DETECTORS, build, inherit
 from generated import write_digits
+from remembered import Remembered
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -36,6 +38,7 @@ MGD_RECIPES = {"retinanet": "detection_one_stage", "fcos": "detection_one_stage"
 
 # What is not given on the command line: for the generated set, and for everything else, after the papers.
 SMALL = {
+    "detector": "fcos",  # its heads are normalised: from scratch it learns several times as fast as RetinaNet
     "teacher_backbone": "resnet18",
     "student_backbone": "mobilenet_v3_small",
     "channels": 64,
@@ -47,11 +50,18 @@ SMALL = {
     "optimizer": "adamw",
     "batch": 8,
     "lr": {"teacher": 2e-3, "tokens": 1e-2, "distil": 4e-3},
-    "epochs": {"teacher": 7, "tokens": 1, "distil": 1},
+    "epochs": {"teacher": 10, "tokens": 2, "distil": 2},
     "milestones": {"teacher": (), "tokens": (), "distil": ()},
     "align": False,
+    "weight_mask": False,
+    "warmup": -1,
+    "masked": 0.3,
+    "salient": 1.5,
 }
+# Loss weights on the generated set: examples/study.py chose them on validation pictures.
+SMALL_WEIGHTS = {"mse": 0.25, "maskd": 0.25, "mgd": 1.0, "amd": 1.0}
 PAPERS = {
+    "detector": "retinanet",
     "teacher_backbone": "resnet101",
     "student_backbone": "resnet50",
     "channels": 256,
@@ -66,6 +76,8 @@ PAPERS = {
     "epochs": {"teacher": 24, "tokens": 1, "distil": 24},
     "milestones": {"teacher": (16, 22), "tokens": (), "distil": (16, 22)},
     "align": True,
+    "weight_mask": True,
+    "salient": 1.0,
 }
 
 
@@ -90,9 +102,10 @@ def distillation_loss(args: argparse.Namespace, architecture: dict[str, Any]) ->
     if args.method == "mse":
         return FeatureMSE()
     if args.method == "mgd":
-        return MGDLoss(channels, channels, **MGD_PRESETS[MGD_RECIPES[detector]])
+        own = {} if args.masked is None else {"lambda_mgd": args.masked}
+        return MGDLoss(channels, channels, **{**MGD_PRESETS[MGD_RECIPES[detector]], **own})
     if args.method == "amd":
-        return AMDLoss(channels, channels)
+        return AMDLoss(channels, channels, threshold=args.salient)
     warmup = MASKD_RECIPES[detector][1] if args.warmup is None else args.warmup
     return MasKDLoss(
         channels,
@@ -218,8 +231,12 @@ def distil(args: argparse.Namespace, device: torch.device) -> None:
     taps = make_taps(args, architecture)
     module: nn.Module | None = None
     if taps:
-        images, _ = to(collate([data[0]]), device)
-        module = Distiller(student, teacher, taps, example_inputs=(images,)).to(device).train()
+        inputs = to(collate([data[0]]), device)
+        if args.remember:
+            if len(taps) > 1:
+                raise ValueError("--remember: expected --box-weight 0, as pyramids alone are remembered")
+            teacher = Remembered(teacher, data, args.teacher.with_name("pyramids.pth"), device)
+        module = Distiller(student, teacher, taps, example_inputs=inputs).to(device).train()
         parameters = module.trainable_parameters()
     else:
         parameters = list(student.parameters())
@@ -261,39 +278,6 @@ def make_taps(args: argparse.Namespace, architecture: dict[str, Any]) -> list[Ta
     return taps
 
 
-@torch.no_grad()
-def mean_average_precision(
-    model: nn.Module, data: Boxes, device: torch.device, batch: int = 16, scale: float = 1.0
-) -> dict[str, float]:
-    """COCO's mAP, mAP50 and mAP75, and by size of the objects, in percent; of all processes together.
-
-    Args:
-        model: a detector.
-        data: what it is measured on.
-        device: the model's.
-        batch: pictures at a time.
-        scale: factor on the boxes. It changes nothing but the bounds between small, medium and large objects, which are
-            32 and 96 pixels at 1.
-    """
-    from torchmetrics.detection import MeanAveragePrecision
-
-    pairs: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
-    model.eval()
-    mine = range(common.rank(), len(data), common.world_size())
-    for images, targets in DataLoader(data, batch, sampler=list(mine), collate_fn=collate):
-        found = model([image.to(device) for image in images])
-        pairs += zip([{k: v.cpu() for k, v in f.items()} for f in found], targets, strict=True)
-    # Gathered here: torchmetrics gathers tensor by tensor, and fails where processes have unequal shares.
-    metric = MeanAveragePrecision(backend="pycocotools", sync_on_compute=False)
-    metric.warn_on_many_detections = False
-    for f, t in common.gathered(pairs):
-        metric.update([{**f, "boxes": f["boxes"] * scale}], [{**t, "boxes": t["boxes"] * scale}])
-    names = {"map": "mAP", "map_50": "mAP50", "map_75": "mAP75"}
-    names |= {f"map_{size}": f"mAP {size}" for size in ("small", "medium", "large")}
-    values = metric.compute()
-    return {name: 100 * float(values[key]) for key, name in names.items() if float(values[key]) >= 0}
-
-
 def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """``evaluate``: prints the mAP of a checkpoint and keeps it, with pictures, beside it."""
     data = Boxes(args.data, args.split)
@@ -305,29 +289,6 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]
         path.write_text(json.dumps(result, indent=2) + "\n")
         print("  ".join(f"{name} {value:.2f}" for name, value in result.items()))
     return result
-
-
-@torch.no_grad()
-def draw_boxes(model: nn.Module, data: Boxes, device: torch.device, path: Path, count: int = 4) -> None:
-    """A PNG of pictures with the true boxes, above, and those found with a score from 0.3 on, below."""
-    from torchvision.transforms.functional import resize, to_pil_image
-    from torchvision.utils import draw_bounding_boxes, make_grid
-
-    tiles: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for i in range(min(count, len(data))):
-        image, target = data[i]
-        found = model([image.to(device)])[0]
-        kept = found["scores"] >= 0.3
-        factor = 384 / image.shape[2]
-        big = resize((image * 255).byte(), [round(image.shape[1] * factor), 384])
-        for row, boxes, labels in (
-            (0, target["boxes"], target["labels"]),
-            (1, found["boxes"][kept], found["labels"][kept]),
-        ):
-            names = [data.classes[label - 1] for label in labels.tolist()]
-            tile = draw_bounding_boxes(big, boxes.cpu() * factor, names, colors="yellow", width=2) if names else big
-            tiles[row].append(F.pad(tile, (0, 0, 0, 384 - tile.shape[1])) if tile.shape[1] < 384 else tile[:, :384])
-    to_pil_image(make_grid(tiles[0] + tiles[1], nrow=len(tiles[0]))).save(path)
 
 
 def finish(args: argparse.Namespace, trainer: common.Trainer) -> None:
@@ -355,7 +316,7 @@ def parser() -> argparse.ArgumentParser:
             continue
         common.training_arguments(sub)
         if name == "teacher":
-            sub.add_argument("--detector", choices=DETECTORS, default="retinanet")
+            sub.add_argument("--detector", choices=DETECTORS)
             sub.add_argument("--teacher-backbone")
             sub.add_argument("--channels", type=int, help="of the pyramid")
             sub.add_argument("--levels", type=int, help="of the pyramid")
@@ -365,7 +326,7 @@ def parser() -> argparse.ArgumentParser:
         else:
             sub.add_argument("--teacher", type=Path, help="the teacher's checkpoint")
             sub.add_argument("--tokens-per-level", type=int, default=6)
-            sub.add_argument("--weight-mask", action=argparse.BooleanOptionalAction, default=True)
+            sub.add_argument("--weight-mask", action=argparse.BooleanOptionalAction, help="weight masks per picture")
         if name != "tokens":
             sub.add_argument("--backbone-weights", help="file of torchvision's ImageNet weights")
         if name == "distil":
@@ -378,8 +339,15 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--warmup", type=int, help="steps before masks are customised (default: as released); -1: never"
             )
+            sub.add_argument("--masked", type=float, help="MGD: share of the pixels (default: as released)")
+            sub.add_argument(
+                "--salient", type=float, default=1.0, help="AMD: attention from which on pixels are masked"
+            )
             sub.add_argument("--student-backbone")
             sub.add_argument("--align", action=argparse.BooleanOptionalAction, help="a 1x1 convolution per level")
+            sub.add_argument(
+                "--remember", action="store_true", help="the teacher's pyramids are computed once; nothing may mirror"
+            )
             sub.add_argument("--inherit", action=argparse.BooleanOptionalAction, default=True, help="neck and head")
     return main
 
@@ -390,6 +358,8 @@ def main(argv: list[str] | None = None) -> Any:
     common.fill(args, PAPERS if args.data else SMALL)
     if args.data is None:
         args.data = write_digits(args.runs / "digits")
+        if args.command == "distil" and args.weight is None:
+            args.weight = SMALL_WEIGHTS.get(args.method)
     if args.command in ("tokens", "distil"):
         args.teacher = args.teacher or args.runs / "teacher" / "last.pth"
     if args.command == "distil":

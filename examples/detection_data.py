@@ -24,9 +24,27 @@ VOC_CLASSES = [
 Sample = tuple[Tensor, dict[str, Tensor]]
 
 
+def coco_package() -> str:
+    """Which package there is for COCO's format: ``pycocotools`` or ``faster_coco_eval``, which then stands in for it.
+
+    Raises:
+        ImportError: neither.
+    """
+    try:
+        import pycocotools
+    except ImportError:
+        try:
+            from faster_coco_eval import init_as_pycocotools
+        except ImportError:
+            raise ImportError("COCO's format and mAP need pip install pycocotools (or faster-coco-eval)") from None
+        init_as_pycocotools()  # torchvision asks for pycocotools by name
+        import pycocotools
+    return str(pycocotools.__name__)
+
+
 class Boxes(Dataset[Sample]):
-    """Pictures ``[3, H, W]`` in 0..1, and targets: ``boxes [n, 4]`` (left, top, right, bottom, in pixels), and
-    ``labels [n]`` from 1 on.
+    """Pictures ``[3, H, W]`` in 0..1, and targets: ``boxes [n, 4]`` (left, top, right, bottom, in pixels),
+    ``labels [n]`` from 1 on, and ``image_id``, the picture's number.
 
     Args:
         root: a COCO-format folder (``annotations/instances_<split>.json`` or ``instances_<split><year>.json``, pictures
@@ -47,6 +65,7 @@ class Boxes(Dataset[Sample]):
             name = annotations[-1].stem.removeprefix("instances_")
             if not (root / name).is_dir():
                 raise FileNotFoundError(f"{root}: found {annotations[-1].name}, but no folder {name} with its pictures")
+            coco_package()
             with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
                 self.data: Any = CocoDetection(str(root / name), str(annotations[-1]))
             categories = self.data.coco.loadCats(sorted(self.data.coco.getCatIds()))
@@ -88,7 +107,8 @@ class Boxes(Dataset[Sample]):
             boxes[:, [0, 2]] = image.shape[2] - boxes[:, [2, 0]]
         # Detectors refuse boxes without an area.
         real = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        return image, {"boxes": boxes[real], "labels": torch.tensor(classes, dtype=torch.int64)[real]}
+        labels = torch.tensor(classes, dtype=torch.int64)[real]
+        return image, {"boxes": boxes[real], "labels": labels, "image_id": torch.tensor(index)}
 
 
 def collate(samples: Sequence[Sample]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:

@@ -12,53 +12,66 @@ can be repeated by hand; what is finished there is not done again. Writes ``resu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import detection
 import torch
-from detection import load_detector
 from detection_data import Boxes
-from torch import Tensor, nn
+from study_report import NAMES, document, draw_differences, measure, paired, pyramid, scores, token_quality
 
-from maskd_kernels import MasKDLoss, dice_diversity, plot_masks
+from maskd_kernels import MasKDLoss, plot_masks
 
 HERE = Path(__file__).parent
 TRIAL_SEED = 1000  # chooses loss weights, and nothing else
 SCALE = 2.0  # of the boxes, for COCO's sizes: small is below 16 pixels, medium from there on
 STEP = 4.0  # between the loss weights that are tried
-MOST_TRIALS = 6
+MOST_TRIALS = 5
 
-VARIANTS: dict[str, tuple[str, list[str], float]] = {
-    # what it is called, how detection.py is told, the first loss weight tried (and one STEP to either side of it)
-    "mse": ("feature MSE", ["--method", "mse"], 1.0),
-    "maskd": ("MasKD", ["--method", "maskd", "--no-weight-mask", "--warmup", "-1"], 4.0),
-    "maskd_weighted": ("MasKD, weighted masks", ["--method", "maskd", "--warmup", "-1"], 4.0),
-    "mgd": ("MGD", ["--method", "mgd"], 4.0),
-    "amd": ("AMD", ["--method", "amd"], 4.0),
+# What detection.py is told, and the first loss weight tried, with one STEP to either side of it.
+VARIANTS: dict[str, tuple[list[str], float]] = {
+    "mse": (["--method", "mse"], 0.25),
+    "maskd": (["--method", "maskd"], 0.25),
+    "maskd_weighted": (["--method", "maskd", "--weight-mask"], 0.25),
+    "mgd": (["--method", "mgd"], 1.0),
+    "amd": (["--method", "amd"], 1.0),
 }
-NAMES = {"none": "student alone", **{key: name for key, (name, _, _) in VARIANTS.items()}}
+
+
+def command(arguments: list[str], log: Path, threads: int) -> None:
+    """A command of detection.py, in this process; its output goes to the end of ``log``."""
+    torch.set_num_threads(threads)
+    with log.open("a", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        print("detection.py", *arguments)
+        detection.main(arguments)
 
 
 class Study:
-    """The runs, each in a folder of its own under ``runs``."""
+    """The runs, each in a folder of its own under ``runs``; commands run in ``jobs`` processes."""
 
     def __init__(self, runs: Path, epochs: int, jobs: int, device: str | None) -> None:
         self.runs, self.epochs, self.jobs = runs, epochs, jobs
         self.device = ["--device", device] if device else []
-        self.side = 1  # runs under way side by side
+        self.threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+        self.side = 1  # commands under way side by side
+        self.processes = ProcessPoolExecutor(jobs, get_context("spawn"))
+
+    def __enter__(self) -> Study:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.processes.shutdown(cancel_futures=True)
 
     def call(self, *arguments: str) -> None:
         """A command of detection.py; its output is kept in ``runs/log.txt``."""
-        line = [sys.executable, str(HERE / "detection.py"), arguments[0], "--runs", str(self.runs), *self.device]
-        threads = str(max((os.cpu_count() or 1) // self.side, 1))
-        with (self.runs / "log.txt").open("a") as log:
-            environment = {"OMP_NUM_THREADS": threads, **os.environ}
-            subprocess.run([*line, *arguments[1:]], env=environment, stdout=log, stderr=log, check=True)
+        line = [arguments[0], "--runs", str(self.runs), *self.device, *arguments[1:]]
+        threads = max(self.threads // self.side, 1)
+        self.processes.submit(command, line, self.runs / "log.txt", threads).result()
 
     def trained(self, out: Path, *arguments: str) -> Path:
         """The checkpoint of a training command, finished or gone on with where it is not."""
@@ -78,17 +91,17 @@ class Study:
     def tokens(self, weighted: bool) -> Path:
         """The file of learned tokens."""
         out = self.runs / f"tokens{'_weighted' * weighted}"
-        self.trained(out, "tokens", *([] if weighted else ["--no-weight-mask"]))
+        self.trained(out, "tokens", "--weight-mask" if weighted else "--no-weight-mask")
         return out / "tokens.pth"
 
     def student(self, variant: str, weight: float, seed: int) -> Path:
         """A student's checkpoint."""
         arguments = ["--method", "none"]
         if variant != "none":
-            arguments = [*VARIANTS[variant][1], "--weight", f"{weight:g}"]
+            arguments = [*VARIANTS[variant][0], "--weight", f"{weight:g}", "--remember"]
         if variant.startswith("maskd"):
             arguments += ["--tokens", str(self.tokens(variant == "maskd_weighted"))]
-        arguments += ["--box-weight", "0", "--epochs", str(self.epochs), "--seed", str(seed)]
+        arguments += ["--epochs", str(self.epochs), "--seed", str(seed)]
         return self.trained(self.runs / f"{variant}-{weight:g}-{seed}", "distil", *arguments)
 
     def side_by_side(self, tasks: list[Any]) -> list[Any]:
@@ -100,147 +113,26 @@ class Study:
         finally:
             self.side = 1
 
-    def trials(self, variant: str) -> dict[float, float]:
-        """Validation mAP by loss weight; further weights are tried while the best one is at an end of those tried."""
-        found: dict[float, float] = {}
-        first = VARIANTS[variant][2]
-        due = [first / STEP, first, first * STEP]
-        while due and len(found) < MOST_TRIALS:
+    def trials(self) -> dict[str, dict[float, float]]:
+        """Each variant's validation mAP by loss weight; others are tried while the best is at an end of those tried."""
+        found: dict[str, dict[float, float]] = {variant: {} for variant in VARIANTS}
+        due = [(variant, first * step) for variant, (_, first) in VARIANTS.items() for step in (1 / STEP, 1, STEP)]
 
-            def trial(weight: float) -> float:
-                return self.scored(self.student(variant, weight, TRIAL_SEED), "val")["mAP"]
+        def trial(variant: str, weight: float) -> float:
+            return self.scored(self.student(variant, weight, TRIAL_SEED), "val")["mAP"]
 
-            values = self.side_by_side([lambda w=w: trial(w) for w in due])
-            found.update(zip(due, values, strict=True))
-            best = max(found, key=lambda weight: found[weight])
-            due = {min(found): [min(found) / STEP], max(found): [max(found) * STEP]}.get(best, [])
-            print(f"{NAMES[variant]}: {', '.join(f'{w:g}: {m:.2f}' for w, m in sorted(found.items()))}", flush=True)
-        return dict(sorted(found.items()))
-
-
-def paired(method: list[float], other: list[float]) -> dict[str, float]:
-    """Mean of the paired differences and its 95 % bootstrap interval over the seeds."""
-    import numpy as np
-    from scipy.stats import bootstrap
-
-    differences = np.asarray(method) - np.asarray(other)
-    interval = bootstrap((differences,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0))
-    low, high = interval.confidence_interval
-    return {"mean": float(differences.mean()), "low": float(low), "high": float(high)}
-
-
-def inside_boxes(target: dict[str, Tensor], size: tuple[int, int], shape: tuple[int, int]) -> Tensor:
-    """Which pixels of a level ``[h, w]`` have their centre in a box, of a picture of ``size``."""
-    inside = torch.zeros(shape, dtype=torch.bool)
-    ys, xs = ((torch.arange(n) + 0.5) * extent / n for n, extent in zip(shape, size, strict=True))
-    for left, top, right, bottom in target["boxes"].tolist():
-        inside |= ((ys >= top) & (ys < bottom))[:, None] & ((xs >= left) & (xs < right))[None]
-    return inside
-
-
-def pyramid(model: nn.Module, image: Tensor) -> list[Tensor]:
-    """The features ``[1, C, h, w]`` of a detector for one picture, finest first."""
-    with torch.no_grad():
-        return list(model.backbone(model.transform([image])[0].tensors).values())
-
-
-@torch.no_grad()
-def measure(
-    teacher: nn.Module, student: nn.Module, loss: MasKDLoss, data: Boxes, count: int = 200
-) -> list[dict[str, Any]]:
-    """What the masks look like, level by level, on the first pictures of ``data``.
-
-    Returns:
-        For each level the mean of the masks on objects and on background, of each token and of all as the loss combines
-        them; the mean Dice coefficient between tokens; and the background's share of the pixels, of the squared error
-        between student and teacher, and of that error under the masks.
-    """
-    levels = []
-    for level, module in enumerate(loss.mask_modules):
-        inside, masks, combined, error = [], [], [], []
-        dice: list[float] = []
-        for i in range(min(count, len(data))):
-            image, target = data[i]
-            t, s = (pyramid(model, image)[level] for model in (teacher, student))
-            m = module.forward_mask(t)[0]  # [K, h, w]
-            weights = torch.full((len(m),), 1 / len(m))
-            if loss.weight_mask:
-                weights = module.forward_prob(t).flatten()
-            inside.append(inside_boxes(target, image.shape[1:], t.shape[2:]).flatten())
-            masks.append(m.flatten(1))
-            combined.append((weights[:, None, None] * m).sum(0).flatten())
-            under = (weights[:, None, None] * m.square()).sum(0)
-            error.append(((s - t)[0].square().sum(0) * torch.stack([torch.ones_like(under), under])).flatten(1))
-            dice.append(float(dice_diversity(m[None])))
-        on, mask, both, wrong = torch.cat(inside), torch.cat(masks, 1), torch.cat(combined), torch.cat(error, 1)
-        share = wrong[:, ~on].sum(1) / wrong.sum(1)
-        levels.append(
-            {
-                "tokens_objects": mask[:, on].mean(1).tolist(),
-                "tokens_background": mask[:, ~on].mean(1).tolist(),
-                "objects": float(both[on].mean()),
-                "background": float(both[~on].mean()),
-                "dice": sum(dice) / len(dice),
-                "background_pixels": float((~on).float().mean()),
-                "background_error": float(share[0]),
-                "background_masked_error": float(share[1]),
-            }
-        )
-    return levels
-
-
-def draw_differences(summary: dict[str, Any], path: Path) -> None:
-    """A PNG of the paired differences with their intervals."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    for axis, base in zip(figure.subplots(1, 2), ("none", "mse"), strict=True):
-        rows = summary["differences"][base]
-        for y, (variant, row) in enumerate(rows.items()):
-            axis.plot([row["low"], row["high"]], [y, y], color="tab:blue")
-            axis.plot(row["mean"], y, "o", color="tab:blue")
-            per_seed = [a - b for a, b in zip(summary["test"][variant], summary["test"][base], strict=True)]
-            axis.plot(per_seed, [y + 0.18] * len(per_seed), "|", color="tab:grey")
-        axis.set_yticks(range(len(rows)), [NAMES[variant] for variant in rows])
-        axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_xlabel(f"test mAP against {NAMES[base]}: mean, 95 % interval, seeds")
-        axis.invert_yaxis()
-    figure.savefig(path, dpi=140, format="png")
-
-
-def document(summary: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    seeds = len(summary["test"]["none"])
-    lines = [
-        f"| model | loss weight | test mAP, % ({seeds} seeds) | mAP50 | small | medium | against alone | against MSE |",
-        "|---|---|---|---|---|---|---|---|",
-        f"| teacher | | {summary['teacher']['mAP']:.2f} | {summary['teacher']['mAP50']:.2f} "
-        f"| {summary['teacher']['mAP small']:.2f} | {summary['teacher']['mAP medium']:.2f} | | |",
-    ]
-    for variant, values in summary["test"].items():
-        details = summary["details"][variant]
-        cells = [sum(d[key] for d in details) / len(details) for key in ("mAP50", "mAP small", "mAP medium")]
-        against = []
-        for base in ("none", "mse"):
-            row = summary["differences"][base].get(variant)
-            against.append(f"{row['mean']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]" if row else "")
-        weight = summary["weights"].get(variant)
-        lines.append(
-            f"| {NAMES[variant]} | {'' if weight is None else f'{weight:g}'} | {sum(values) / len(values):.2f} | "
-            + " | ".join(f"{cell:.2f}" for cell in cells)
-            + f" | {against[0]} | {against[1]} |"
-        )
-    lines += [
-        "",
-        "| masks | level | mean on objects | on background | Dice | error on background | the same under the masks |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for variant, levels in summary["masks"].items():
-        for number, level in enumerate(levels):
-            shares = " | ".join(f"{100 * level[key]:.0f} %" for key in ("background_error", "background_masked_error"))
-            means = f"{level['objects']:.2f} | {level['background']:.2f} | {level['dice']:.2f}"
-            lines.append(f"| {NAMES[variant]} | {number} | {means} | {shares} |")
-    return "\n".join(lines) + "\n"
+        while due:
+            values = self.side_by_side([lambda v=variant, w=weight: trial(v, w) for variant, weight in due])
+            for (variant, weight), value in zip(due, values, strict=True):
+                found[variant][weight] = value
+            due = []
+            for variant, tried in found.items():
+                found[variant] = tried = dict(sorted(tried.items()))
+                best, least, most = max(tried, key=lambda w: tried[w]), min(tried), max(tried)
+                if len(tried) < MOST_TRIALS and best in (least, most):
+                    due.append((variant, least / STEP if best == least else most * STEP))
+                print(f"{NAMES[variant]}: {', '.join(f'{w:g}: {m:.2f}' for w, m in tried.items())}", flush=True)
+        return found
 
 
 def main() -> None:
@@ -249,57 +141,61 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "study", help="folder of the results")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=2, help="of every student")
+    parser.add_argument("--epochs", type=int, default=detection.SMALL["epochs"]["distil"], help="of every student")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side")
     parser.add_argument("--device")
     args = parser.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
 
-    study = Study(args.runs, args.epochs, args.jobs, args.device)
-    teacher_path = study.trained(args.runs / "teacher", "teacher")
-    print(f"teacher: validation mAP {study.scored(teacher_path, 'val')['mAP']:.2f}", flush=True)
-    kinds = (True, False)
-    tokens = dict(zip(kinds, study.side_by_side([lambda w=w: study.tokens(w) for w in kinds]), strict=True))
-    trials = {variant: study.trials(variant) for variant in VARIANTS}
-    weights = {variant: max(found, key=lambda w: found[w]) for variant, found in trials.items()}
+    with Study(args.runs, args.epochs, args.jobs, args.device) as study:
+        teacher_path = study.trained(args.runs / "teacher", "teacher")
+        print(f"teacher: validation mAP {study.scored(teacher_path, 'val')['mAP']:.2f}", flush=True)
+        kinds = {"maskd": False, "maskd_weighted": True}
+        paths = study.side_by_side([lambda w=weighted: study.tokens(w) for weighted in kinds.values()])
+        trials = study.trials()
+        chosen = {"none": 0.0, **{variant: max(tried, key=lambda w: tried[w]) for variant, tried in trials.items()}}
+        tasks = {
+            (variant, seed): lambda v=variant, w=weight, s=seed: study.scored(study.student(v, w, s), "test")
+            for seed in range(args.seeds)
+            for variant, weight in chosen.items()
+        }
+        results = dict(zip(tasks, study.side_by_side(list(tasks.values())), strict=True))
+        teacher_score = study.scored(teacher_path, "test")
+        alone_path = study.student("none", 0.0, 0)
 
-    chosen: dict[str, float] = {"none": 0.0, **weights}
-    tasks = {
-        (variant, seed): lambda v=variant, w=weight, s=seed: study.scored(study.student(v, w, s), "test")
-        for seed in range(args.seeds)
-        for variant, weight in chosen.items()
-    }
-    results = dict(zip(tasks, study.side_by_side(list(tasks.values())), strict=True))
     details = {variant: [results[variant, seed] for seed in range(args.seeds)] for variant in chosen}
     test = {variant: [one["mAP"] for one in found] for variant, found in details.items()}
-
-    device = torch.device("cpu")
     data = Boxes(args.runs / "digits", "val")
-    teacher, settings = load_detector(teacher_path, device)
-    alone, _ = load_detector(study.student("none", 0.0, 0), device)
+    teacher, settings = detection.load_detector(teacher_path, torch.device("cpu"))
+    alone, _ = detection.load_detector(alone_path, torch.device("cpu"))
     channels = [settings["architecture"]["channels"]] * settings["architecture"]["levels"]
     losses = {
-        f"maskd{'_weighted' * weighted}": MasKDLoss(channels, weight_mask=weighted, pretrained=path)
-        for weighted, path in tokens.items()
+        variant: MasKDLoss(channels, weight_mask=weighted, pretrained=path)
+        for (variant, weighted), path in zip(kinds.items(), paths, strict=True)
     }
     summary = {
         "command": "make study",
         "settings": {"seeds": args.seeds, "epochs": args.epochs, "trial seed": TRIAL_SEED},
         "torch": torch.__version__,
-        "teacher": study.scored(teacher_path, "test"),
-        "trials": {variant: {f"{w:g}": m for w, m in found.items()} for variant, found in trials.items()},
-        "weights": weights,
+        "teacher": teacher_score,
+        "trials": {variant: {f"{w:g}": m for w, m in tried.items()} for variant, tried in trials.items()},
+        "weights": chosen,
         "test": test,
         "details": details,
         "differences": {
             base: {variant: paired(values, test[base]) for variant, values in test.items() if variant != base}
             for base in ("none", "mse")
         },
+        "tokens": {
+            variant: token_quality(teacher, path.with_name("last.pth"), data)
+            for variant, path in zip(kinds, paths, strict=True)
+        },
         "masks": {variant: measure(teacher, alone, loss, data) for variant, loss in losses.items()},
     }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
     (args.out / "results.md").write_text(document(summary))
+    (args.out / "short.md").write_text(scores(summary))
     draw_differences(summary, args.out / "differences.png")
     image = data[0][0]
     with torch.no_grad():

@@ -30,7 +30,7 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_from_environment = _checked(os.environ.get("MASKD_KERNELS_BACKEND", "auto"), "MASKD_KERNELS_BACKEND")
+_from_environment = os.environ.get("MASKD_KERNELS_BACKEND", "auto")  # checked when used: importing raises nothing
 _of_block: ContextVar[str | None] = ContextVar("maskd_kernels_backend", default=None)
 # The process's default is the last one's name. A `with` block takes its own back, in whatever order blocks overlap.
 _calls: list[tuple[str, weakref.ref[use_backend]]] = []
@@ -90,12 +90,16 @@ def running(name: str) -> Iterator[None]:
 
 
 def current_backend() -> str:
-    """The backend that is forced, or ``auto``."""
+    """The backend that is forced, or ``auto``.
+
+    Raises:
+        ValueError: ``MASKD_KERNELS_BACKEND`` names none.
+    """
     forced = _of_block.get()
     if forced is not None:
         return forced
     calls = _calls[-1:]  # at once: another thread may empty it
-    return calls[0][0] if calls else _from_environment
+    return calls[0][0] if calls else _checked(_from_environment, "MASKD_KERNELS_BACKEND")
 
 
 @functools.cache

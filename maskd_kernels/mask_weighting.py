@@ -15,12 +15,18 @@ class MaskWeighting(NamedTuple):
 
     ``softmax(Conv1x1(AvgPool(Conv3x3(teacher))))``. Nothing nonlinear lies between the convolution and the
     pooling, so it is evaluated from nine sums per channel and never as a convolution over the map.
+
+    Attributes:
+        conv_weight: ``[C, C, 3, 3]``.
+        conv_bias: ``[C]``.
+        projection_weight: ``[K, C, 1, 1]``.
+        projection_bias: ``[K]``.
     """
 
-    conv_weight: Tensor  # [C, C, 3, 3]
-    conv_bias: Tensor  # [C]
-    projection_weight: Tensor  # [K, C, 1, 1]
-    projection_bias: Tensor  # [K]
+    conv_weight: Tensor
+    conv_bias: Tensor
+    projection_weight: Tensor
+    projection_bias: Tensor
 
 
 def weights_from_sums(sums: Tensor, teacher: list[Tensor], weighting: Sequence[MaskWeighting]) -> Tensor:

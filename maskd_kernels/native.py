@@ -30,6 +30,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
             f"the C++ extension could not be loaded ({error}); it is built by `pip install` where a compiler is",
         )
     isa = os.environ.get("MASKD_KERNELS_ISA")
+    if isa and isa not in module.isas():
+        raise ValueError(f"MASKD_KERNELS_ISA: expected one of {', '.join(module.isas())}, got {isa!r}")
     if isa:
         module.select_isa(isa)
     return module, None

@@ -197,14 +197,15 @@ def published_maskd_loss(
         masks = masks * student_masks
     masked_student = student[:, None] * masks[:, :, None]  # [N, K, C, H, W]
     masked_teacher = teacher[:, None] * masks[:, :, None]
-    error = (masked_student - masked_teacher).square().sum((3, 4))  # [N, K, C]
+    error: Tensor = (masked_student - masked_teacher).square().sum((3, 4))  # [N, K, C]
     error = error / (masks.sum((2, 3)) + eps)[..., None]
     if weighting is None:
         return error.mean()
     conv_weight, conv_bias, projection_weight, projection_bias = weighting
     hidden = torch.nn.functional.conv2d(teacher, conv_weight, conv_bias, padding=1).mean((2, 3), keepdim=True)
     weights = torch.nn.functional.conv2d(hidden, projection_weight, projection_bias).flatten(1).softmax(-1)  # [N, K]
-    return (error.mean(-1) * weights).sum(-1).mean()
+    loss: Tensor = (error.mean(-1) * weights).sum(-1).mean()
+    return loss
 
 
 # ---- scale_pixels ------------------------------------------------------------------------------

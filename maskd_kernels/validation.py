@@ -201,7 +201,9 @@ def match_weighting(weighting: Sequence[MaskWeighting], teacher: list[Tensor], n
                 f"{label}: weighting masks needs images [N, C, H, W], got a teacher of {shape_of(t)}; sequences take "
                 "weight_mask=False, or Tap(grid=...)"
             )
-        for field, expected in zip(w._fields, ([c, c, 3, 3], [c], [num_tokens, c, 1, 1], [num_tokens]), strict=True):
+        for field, expected in zip(
+            MaskWeighting._fields, ([c, c, 3, 3], [c], [num_tokens, c, 1, 1], [num_tokens]), strict=True
+        ):
             got = getattr(w, field)
             if got.dtype not in FLOATING:
                 raise TypeError(f"{label}.{field}: expected a floating dtype, got {got.dtype}")

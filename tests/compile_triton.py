@@ -9,9 +9,7 @@ import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -25,14 +23,18 @@ from bench.compiled import (
     LAYOUTS,
     LEVELS,
     SCENARIOS,
+    WALKS,
     compile_kernels,
     install,
     jit_functions,
     loss,
 )
-from bench.sass import tool
+from bench.sass import resources
+from bench.static import describe
 from maskd_kernels import use_backend
 
+COUNTED = [(90, "float32"), (90, "bfloat16")]  # of these every kernel's machine code is counted
+HOSTED = ["loss", "scale", "error", "attention"]  # whose work on the host is counted
 REGISTERS = Path(__file__).parent / "triton_registers.json"
 OTHER_LEVELS = ((5, 5), (16, 16), (8, 10), (1, 1), (40, 40))
 # PyTorch's operations that launch nothing on a GPU.
@@ -49,18 +51,11 @@ def launches_of_pytorch(call):
     return [e.name for e in outermost if e.name.removeprefix("aten::") not in NO_LAUNCH]
 
 
-def inspect(kernel, architecture):
-    ptx = kernel.asm["ptx"]
-    target = re.search(r"\.target (sm_\w+)", ptx).group(1)
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        assembler = tool("ptxas-blackwell") if architecture >= 100 else tool("ptxas")
-        command = [assembler, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+def inspect(kernel):
+    ptx, used = kernel.asm["ptx"], resources(kernel.asm["cubin"])
     return {
-        "registers": int(re.search(r"Used (\d+) registers", usage).group(1)),
-        "spills": sum(int(count) for count in re.findall(r"(\d+) bytes spill", usage)),
+        "registers": used["REG"],
+        "spills": used["STACK"] + used["LOCAL"],
         "shared_bytes": kernel.metadata.shared,
         # Into registers, or 16 bytes at a time into shared memory.
         "wide_loads": len(re.findall(r"ld\.global[\w.:]*\.v(?:4\.[bf]32|8\.[bf]32|2\.[bf]64)|cp\.async\.cg", ptx)),
@@ -69,8 +64,10 @@ def inspect(kernel, architecture):
 
 
 def compile_all(architecture, dtype, layout):
-    """What each scenario launched, looked into."""
-    return {c.key: inspect(c.kernel, architecture) for c in compile_kernels(architecture, dtype, layout, SCENARIOS)}
+    """What each scenario launched, looked into; and what of it is counted."""
+    found = list(compile_kernels(architecture, dtype, layout, SCENARIOS))
+    walks = [c for c in found if f"{c.scenario} {c.name}" in WALKS and (architecture, dtype) in COUNTED]
+    return {c.key: inspect(c.kernel) for c in found}, {c.key: describe(c) for c in walks}
 
 
 def compiled_anew():
@@ -95,17 +92,37 @@ def launches_of_a_pyramid():
     return [*driver.launches, *others]
 
 
+def calls_of_the_host():
+    """Calls of Python functions in a call of each scenario, forward and backward, that is not the first."""
+    install(90).launcher_cls = lambda source, metadata: lambda *arguments: None
+    counts = {}
+    for name in HOSTED:
+        run, calls = SCENARIOS[name](torch.bfloat16, False), []
+        with use_backend("triton"):
+            run()
+            sys.setprofile(lambda frame, event, _, calls=calls: calls.append(event))
+            run()
+            sys.setprofile(None)
+        counts[name] = calls.count("call")
+    return counts
+
+
 def main():
     jobs = list(itertools.product(ARCHITECTURES, DTYPES, LAYOUTS))
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        results = {k: v for result in pool.map(compile_all, *zip(*jobs, strict=True)) for k, v in result.items()}
-        launches, anew = pool.submit(launches_of_a_pyramid).result(), pool.submit(compiled_anew).result()
+        results, counts = {}, {}
+        for kernels, counted in pool.map(compile_all, *zip(*jobs, strict=True)):
+            results |= kernels
+            counts |= counted
+        functions = launches_of_a_pyramid, compiled_anew, calls_of_the_host
+        launches, anew, calls = (pool.submit(function).result() for function in functions)
     if "--record" in sys.argv:
         content = {"triton": triton.__version__, "registers": {k: v["registers"] for k, v in results.items()}}
         REGISTERS.write_text(json.dumps(content, indent=1) + "\n")
     else:
-        json.dump({"kernels": results, "launches": launches, "compiled_anew": anew}, sys.stdout)
+        output = {"kernels": results, "counts": counts, "launches": launches, "compiled_anew": anew, "calls": calls}
+        json.dump(output, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from maskd_kernels import reference, use_backend
+from maskd_kernels import cli, reference, use_backend
 from maskd_kernels.ops.receptive_stats import receptive_stats
 from maskd_kernels.reference import ReceptiveStats
 
@@ -129,3 +129,20 @@ def _train_and_save(rank, train, folder, world):
     values = torch.cat([p.detach().flatten() for p in train(rank)])
     torch.save(values, folder / f"parameters{rank}.pth")
     torch.distributed.destroy_process_group()
+
+
+def call(capsys, *arguments):
+    """Exit code, stdout and stderr, within this process."""
+    code = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def fails(capsys, *arguments):
+    """The message of a command that cannot be done: one line, exit code 1."""
+    code, out, err = call(capsys, *arguments)
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    start = f"maskd-kernels {arguments[0]}: "
+    assert err.startswith(start)
+    return err[len(start) :].strip()

@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from bench import scaling
+from bench import aligned, scaling
 from bench.__main__ import build, measure, prepare, report
 from bench.cases import SUITES, Case
 from bench.compare import compare
@@ -102,6 +102,12 @@ def test_scaling(tmp_path, monkeypatch):
     assert table[2].startswith("| 1 | ")
     assert "| 1.00× |" in table[2]
     assert len(table) == 4
+
+
+def test_the_bound_of_an_aligned_kernel():
+    found = aligned.ratios(4, 8, 5, 7, rounds=2)
+    assert found["products"] == 1
+    assert found["convolution and loss"] > 0
 
 
 def result_file(path, ours, floor):

@@ -94,6 +94,12 @@ def test_structures_may_differ():
     assert losses["neck"].requires_grad
 
 
+def test_keys_that_were_chosen_may_differ():
+    sides = Layer("neck", levels=["p2", "p3"]), Layer("neck", levels=["p3", "p4"])
+    s, t = values(Distiller(Net(8, "dict"), Net(8, "other keys"), Tap(*sides, mse)))
+    assert [x.shape for x in s] == [x.shape for x in t]
+
+
 def test_student_output_is_untouched():
     student = Net(4)
     alone = copy.deepcopy(student)
@@ -129,6 +135,36 @@ def test_teacher_stays_frozen():
         assert d.student.training is mode
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_modules_of_both_models_keep_the_students_mode():
+    """Self-distillation: a model, or a part of it, teaches itself; its batch norms learn all the same."""
+    model = Net(8)
+    d = Distiller(model, model.stem, Tap("neck.conv", "0", mse), example_inputs=IMAGE)
+    assert all(m.training for m in model.modules())
+    d.eval().train()
+    model.stem[1].eval()  # as one likes
+    d(IMAGE)
+    assert [m.training for m in model.stem] == [True, False, True]
+    model.train()
+    before, seen = model.stem[1].running_mean.clone(), []
+    d.taps[0].loss = lambda s, t: seen.append(t) or mse(s, t)
+    d(IMAGE)
+    assert not torch.equal(model.stem[1].running_mean, before)
+    torch.testing.assert_close(seen[0], model.stem[0](IMAGE))
+    d.eval()
+    assert not any(m.training for m in model.modules())
+
+
+def test_aligns_built_under_inference_mode_train():
+    for example_inputs in (None, IMAGE):
+        student, teacher = Net(4), Net(8)
+        with torch.inference_mode():
+            d = Distiller(student, teacher, Tap("neck", "neck", mse), example_inputs=example_inputs)
+            d(IMAGE)
+        _, losses = d(IMAGE)
+        losses["neck"].backward()
+        assert all(p.grad is not None for p in d.aligns.parameters())
 
 
 def test_teacher_is_not_saved_but_moves():
@@ -273,6 +309,10 @@ def test_models_work_beside_the_distiller():
 def test_bad_layers():
     with pytest.raises(ValueError, match=r"student: no layer 'nek' in Net; near it: neck"):
         Distiller(Net(4), Net(8), [Tap("nek", "neck", mse)])
+    net = Net(4)
+    net.fc = nn.Identity()
+    with pytest.raises(ValueError, match=r"student: no layer 'module.fc' in Net; near it: fc"):
+        Distiller(net, Net(8), [Tap("module.fc", "neck", mse)])
     with pytest.raises(ValueError, match=r"teacher: no layer 'zzz' in Net; near it: stem, neck, head"):
         Distiller(Net(4), Net(8), [Tap("neck", "zzz", mse)])
     with pytest.raises(RuntimeError, match=r"student: the layer 'never' did not run in this forward"):
@@ -294,6 +334,12 @@ def test_bad_taps():
         Distiller(Net(4), Net(8), [Tap("neck", "neck", mse)] * 2)
     with pytest.raises(TypeError, match="loss: expected a module or function, got str"):
         Tap("neck", "neck", "mse")
+    with pytest.raises(TypeError, match="weight: expected a finite number, got '2'"):
+        Tap("neck", "neck", mse, weight="2")
+    with pytest.raises(ValueError, match="weight: expected a finite number, got nan"):
+        Tap("neck", "neck", mse, weight=float("nan"))
+    with pytest.raises(TypeError, match="teacher_inputs: expected a function of a call's arguments, got str"):
+        Distiller(Net(4), Net(8), Tap("neck", "neck", mse), teacher_inputs="img")
 
 
 def test_autocast():
@@ -318,6 +364,32 @@ def test_compiled_models(which):
         _, losses = d(IMAGE)
         losses["neck"].backward()
     torch.testing.assert_close(losses["neck"], expected["neck"])
+
+
+@pytest.mark.parametrize("layer", ["neck", "neck.conv"])
+@pytest.mark.parametrize("example_inputs", [None, IMAGE])
+def test_layers_in_parts_compiled_in_place(layer, example_inputs):
+    torch._dynamo.reset()
+    student, teacher = Net(8, "tensor").eval(), Net(8, "tensor").eval()
+    d = Distiller(student, teacher, Tap(layer, layer, mse), example_inputs=example_inputs)
+    student.neck.compile(backend="eager")
+    teacher.neck.compile(backend="eager")
+    for _ in range(3):
+        _, losses = d(IMAGE)
+        a, b = (m.neck.conv(m.stem(IMAGE)) for m in (student, teacher))
+        torch.testing.assert_close(losses[layer], mse(a, b))
+
+
+def test_compiled_distiller():
+    torch._dynamo.reset()
+    d = distiller().eval()
+    _, expected = d(IMAGE)
+    compiled = torch.compile(d, backend="eager")
+    for _ in range(2):
+        output, losses = compiled(IMAGE)
+        torch.testing.assert_close(losses["neck"], expected["neck"])
+    (output["logits"].sum() + losses["neck"]).backward()
+    assert all(p.grad is not None for p in d.parameters())
 
 
 def test_torchvision_detector():
@@ -452,11 +524,14 @@ def test_teacher_in_inference_mode():
             return super().forward(x)
 
     student, teacher = InPlace(), Teacher().eval()
-    d = Distiller(student, teacher, [Tap("conv", "conv", MasKDLoss(4))], example_inputs=IMAGE)
-    for _ in range(2):
-        _, losses = d(IMAGE)
-        losses["conv"].backward()
-        torch.testing.assert_close(losses["conv"], d.losses[0](student.conv(IMAGE), teacher.conv(IMAGE)))
+    for whole in (False, True):  # the whole teacher goes on to change the layer's output
+        taps = [Tap("conv", "conv", mse), Tap("conv", "conv", MasKDLoss(4), name="maskd")]
+        d = Distiller(student, teacher, taps, example_inputs=IMAGE, teacher_output=whole)
+        for _ in range(2):
+            _, losses = d(IMAGE)
+            sum(losses.values()).backward()
+            s, t = student.conv(IMAGE), teacher.conv(IMAGE)
+            torch.testing.assert_close(losses, {"conv": mse(s, t), "maskd": d.losses[0](s, t)})
 
 
 def test_in_place_operation_in_compiled_models():
@@ -471,6 +546,21 @@ def test_in_place_operation_in_compiled_models():
         expected = mse(student.conv(IMAGE), teacher.conv(IMAGE))
         torch.testing.assert_close(losses["conv"], expected)
         torch.testing.assert_close(student.conv.weight.grad, torch.autograd.grad(expected, student.conv.weight)[0])
+
+
+@pytest.mark.parametrize("example_inputs", [None, IMAGE])
+def test_change_in_place_that_no_version_shows(example_inputs):
+    class Clamps(InPlace):
+        def forward(self, x):
+            x = self.conv(x)
+            x.data.clamp_(0)
+            return x
+
+    student, teacher = Clamps(), Clamps()
+    d = Distiller(student, teacher, Tap("conv", "conv", mse), example_inputs=example_inputs, teacher_output=True)
+    for _ in range(2):
+        _, losses = d(IMAGE)
+        torch.testing.assert_close(losses["conv"], mse(student.conv(IMAGE), teacher.conv(IMAGE)))
 
 
 def test_torchvision_resnet_with_in_place_relu():
@@ -553,6 +643,28 @@ def test_grid_of_tokens(grid):
     torch.testing.assert_close(s, d.aligns[0][0](student.block(student.embed(images).movedim(1, -1)).movedim(-1, 1)))
 
 
+def test_grid_of_the_teachers_own_images():
+    images, seen = torch.randn(2, 3, 16, 32), []
+    tap = Tap("block", "block", lambda s, t: seen.append(t) or mse(s, t), channel_dim=-1, prefix_tokens=1, grid="input")
+    tap.resize = True
+    teacher = Sequence(6)
+    d = Distiller(Sequence(6), teacher, tap, example_inputs=images, teacher_inputs=lambda x: x.mT)
+    d(images)
+    torch.testing.assert_close(seen[-1], teacher.block(teacher.embed(images.mT).movedim(1, -1)).movedim(-1, 1))
+
+
+def test_a_grid_for_each_level():
+    tokens = [torch.randn(2, 32, 3), torch.randn(2, 8, 3)]
+    layer = Layer("x", channel_dim=-1, grid=[(4, 8), (2, 4)])
+    levels = layer.features({"x": [tokens]}, None, "teacher").levels
+    for level, x, grid in zip(levels, tokens, [(4, 8), (2, 4)], strict=True):
+        assert torch.equal(level, x.mT.unflatten(-1, grid))
+    with pytest.raises(ValueError, match="teacher 'x': expected one grid per level, 1, got 2"):
+        layer.features({"x": [tokens[:1]]}, None, "teacher")
+    with pytest.raises(ValueError, match=r"prefix_tokens=32 needs token sequences of more tokens, got \[2, 3, 32\]"):
+        Layer("x", channel_dim=-1, prefix_tokens=32).features({"x": [tokens[0]]}, None, "teacher")
+
+
 def test_grid_needs_a_clear_answer():
     tap = {"channel_dim": -1, "prefix_tokens": 1}
     with pytest.raises(ValueError, match=r"student 'block': grid \(3, 5\) needs 15 tokens, got 16"):
@@ -581,6 +693,15 @@ def test_token_sequences_are_never_interpolated_as_they_are():
     tap = Tap("block", "block", MGDLoss(6, 6), channel_dim=-1, prefix_tokens=1, grid="input", resize=True)
     _, losses = Distiller(Sequence(6), Sequence(6, 8), tap, example_inputs=IMAGE)(IMAGE)
     assert losses["block"].isfinite()
+
+
+def test_signals_are_interpolated():
+    """Three axes too, but their last is space."""
+    student, teacher = nn.Conv1d(3, 4, 4, stride=4), nn.Conv1d(3, 4, 2, stride=2)
+    signal, seen = torch.randn(2, 3, 32), []
+    tap = Tap("", "", lambda s, t: seen.append(s) or mse(s, t), resize=True, name="kd")
+    Distiller(student, teacher, tap, example_inputs=signal)(signal)
+    torch.testing.assert_close(seen[-1], F.interpolate(student(signal), size=16, mode="linear"))
 
 
 @pytest.mark.parametrize(("loss", "hint"), [(MasKDLoss(6), "weight_mask=False"), (MGDLoss(6, 6), "grid")])
@@ -612,6 +733,8 @@ def test_layers_as_one_pyramid():
         d(IMAGE)
     s, t = values(Distiller(student, teacher, Tap(student.stem, teacher.stem, mse)).eval())
     assert torch.equal(s, student.stem(IMAGE))
+    d = Distiller(student, teacher, Tap(torch.compile(student.neck), teacher.neck, mse))
+    assert d._pairs[0].label == "neck"
     with pytest.raises(ValueError, match="student: the Conv2d given as a layer is not in Net"):
         Distiller(student, teacher, Tap(nn.Conv2d(3, 3, 1), "stem", mse))
 
@@ -703,6 +826,14 @@ def test_floating_inputs_take_the_teachers_dtype(dtype):
     assert losses["neck"].dtype == torch.float32
     assert losses["neck"] > 0
 
+    class Indexed(Net):
+        def forward(self, x, index):
+            return super().forward(x[index["of images"]])
+
+    student, teacher = Indexed(8), Indexed(8).to(dtype)
+    d = Distiller(student, teacher, Tap("neck", "neck", MasKDLoss([8, 8])))
+    d(IMAGE, {"of images": torch.tensor([1, 0])})  # integers stay integers
+
 
 def test_example_inputs():
     class TwoInputs(Net):
@@ -713,6 +844,13 @@ def test_example_inputs():
     for inputs in (IMAGE, (IMAGE,), {"x": IMAGE}):
         d = Distiller(Net(4), Net(8), Tap("neck", "neck", mse), example_inputs=inputs)
         assert len(d.aligns[0]) == 2
+
+    class Listed(Net):
+        def forward(self, images):
+            return super().forward(torch.stack(images))
+
+    d = Distiller(Listed(4), Listed(8), Tap("neck", "neck", mse), example_inputs=list(IMAGE))  # torchvision's
+    assert len(d.aligns[0]) == 2
     inputs = {"x": IMAGE, "scale": torch.ones(())}
     assert len(Distiller(TwoInputs(4), TwoInputs(8), Tap("neck", "neck", mse), example_inputs=inputs).aligns[0]) == 2
 
@@ -729,6 +867,28 @@ def test_building_tries_the_loss_and_leaves_no_traces():
         distiller(Net(8), Net(8), loss=MasKDLoss([8, 8, 8]))
     with pytest.raises(ValueError, match=r"neck: the loss cannot take .*expected \[K, 8\]"):
         distiller(Net(8), Net(8), loss=MasKDLoss([16, 16]))
+
+
+def test_building_tries_the_gradient():
+    """PyTorch's own losses are not differentiable between two dtypes, which only their backward pass says."""
+    with pytest.raises(
+        RuntimeError, match=r"neck: the loss cannot take .* of torch.float32 and torch.bfloat16: .*BFloat16"
+    ):
+        distiller(Net(8), Net(8).bfloat16())
+    distiller(Net(8), Net(8), loss=lambda s, t: mse(s, t).detach())
+    with pytest.raises(TypeError, match=r"neck: the loss cannot take .*: expected a tensor of it, got dict"):
+        distiller(Net(8), Net(8), loss=lambda s, t: {"loss": mse(s, t)})
+
+
+def test_errors_that_are_not_about_the_features_pass():
+    error = torch.OutOfMemoryError("of memory")
+
+    def loss(s, t):
+        raise error
+
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        distiller(Net(8), Net(8), loss=loss)
+    assert caught.value is error
 
 
 def test_things_that_are_no_taps():

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,9 @@ import detection  # noqa: E402
 import detection_data  # noqa: E402
 import detectors  # noqa: E402
 import generated  # noqa: E402
+import remembered  # noqa: E402
 import study  # noqa: E402
+import study_report  # noqa: E402
 from PIL import Image  # noqa: E402
 
 # After --data, whose defaults are the papers'.
@@ -180,6 +183,52 @@ def test_folders_that_hold_something_else(tmp_path: Path) -> None:
         detection_data.Boxes(tmp_path, "train")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         detection_data.Boxes(tmp_path / "nowhere", "train")
+
+
+def test_package_for_coco(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where pycocotools is missing, faster-coco-eval stands in for it."""
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(ImportError, match=r"pip install pycocotools .or faster-coco-eval"):
+        detection_data.coco_package()
+    other = types.ModuleType("faster_coco_eval")
+    other.init_as_pycocotools = lambda: sys.modules.update(pycocotools=other)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", other)
+    assert detection_data.coco_package() == "faster_coco_eval"
+    assert detection_data.coco_package() == "faster_coco_eval"
+    monkeypatch.setitem(sys.modules, "pycocotools", types.ModuleType("pycocotools"))
+    assert detection_data.coco_package() == "pycocotools"
+
+
+def test_classes_that_do_not_fit(trained: Path) -> None:
+    with pytest.raises(ValueError, match=r"last\.pth knows 20 classes .*, --data has 2"):
+        detection.load_detector(trained / "teacher" / "last.pth", torch.device("cpu"), ["a", "b"])
+
+
+def test_remembered_teacher_is_the_teacher(voc: Path, trained: Path, weights: Path, tmp_path: Path) -> None:
+    device, path = torch.device("cpu"), tmp_path / "pyramids.pth"
+    teacher, _ = detection.load_detector(trained / "teacher" / "last.pth", device)
+    data = detection_data.Boxes(voc, "train")
+    images, targets = detection_data.collate([data[i] for i in (4, 0, 3)])
+    with torch.no_grad():
+        for factor in (1.0, 2.0):  # a teacher that has changed is asked again
+            next(teacher.backbone.fpn.parameters()).mul_(factor)
+            expected = teacher.backbone(teacher.transform(images)[0].tensors)
+            for _ in range(2):  # computed, then read
+                levels = remembered.Remembered(teacher, data, path, device)(images, targets)
+                assert levels.keys() == expected.keys()
+                for name, level in expected.items():
+                    torch.testing.assert_close(levels[name], level)
+                    spread = (level - level.flip(0)).abs().max()
+                    assert (levels[name] - level).abs().max() < spread / 100
+    more = ("--box-weight", "0", "--epochs", "1")
+    asked = distil(voc, trained, weights, tmp_path / "asked", "mse", *more)
+    learned = distil(voc, trained, weights, tmp_path / "learned", "mse", *more, "--remember")
+    assert learned["history"][0] == pytest.approx(asked["history"][0], rel=1e-4)
+    with pytest.raises(ValueError, match="--remember: expected --no-flip"):
+        distil(voc, trained, weights, tmp_path / "flipped", "mse", *more, "--remember", "--flip")
+    with pytest.raises(ValueError, match="--remember: expected --box-weight 0"):
+        distil(voc, trained, weights, tmp_path / "boxes", "mse", "--box-weight", "1", "--remember")
 
 
 def test_voc_boxes_and_their_mirror(voc: Path) -> None:
@@ -351,37 +400,68 @@ def test_two_processes_measure_what_one_does(voc: Path, tmp_path: Path) -> None:
 
 
 def test_study_chooses_inside_of_what_it_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = study.Study(tmp_path, epochs=1, jobs=2, device=None)
-    monkeypatch.setattr(runs, "student", lambda variant, weight, seed: (weight, seed))
-    for best, tried in ((1.0, [0.25, 1, 4]), (64.0, [0.25, 1, 4, 16, 64, 256]), (1 / 16, [1 / 64, 1 / 16, 0.25, 1, 4])):
-        seeds = []
+    """Weights beside the best one are tried, on validation pictures and with a seed that nothing else has."""
+    first = {variant: weight for variant, (_, weight) in study.VARIANTS.items()}
+    steps = {"mse": 0, "maskd": -2, "maskd_weighted": 9, "mgd": 2, "amd": -1}  # from the first weight to the best
+    seen = []
 
-        def scored(student: tuple[float, int], split: str, best: float = best, seeds: list = seeds) -> dict[str, float]:
-            weight, seed = student
-            seeds.append((seed, split))
-            return {"mAP": -abs(np.log(weight / best))}
+    def scored(student: tuple[str, float, int], split: str) -> dict[str, float]:
+        variant, weight, seed = student
+        seen.append((seed, split))
+        return {"mAP": -abs(np.log(weight / first[variant]) - steps[variant] * np.log(study.STEP))}
 
+    with study.Study(tmp_path, epochs=1, jobs=2, device=None) as runs:
+        monkeypatch.setattr(runs, "student", lambda variant, weight, seed: (variant, weight, seed))
         monkeypatch.setattr(runs, "scored", scored)
-        assert list(runs.trials("mse")) == tried
-        assert set(seeds) == {(study.TRIAL_SEED, "val")}
+        trials = runs.trials()
+    tried = {
+        variant: [round(np.log(w / first[variant]) / np.log(study.STEP)) for w in trials[variant]] for variant in trials
+    }
+    assert tried == {
+        "mse": [-1, 0, 1],
+        "maskd": [-3, -2, -1, 0, 1],
+        "maskd_weighted": [-1, 0, 1, 2, 3],  # five at most
+        "mgd": [-1, 0, 1, 2, 3],
+        "amd": [-2, -1, 0, 1],
+    }
+    assert set(seen) == {(study.TRIAL_SEED, "val")}
+    assert study.TRIAL_SEED not in range(100)
 
 
 def test_study_takes_differences_in_pairs() -> None:
-    # A seed's luck is shared: the spread is that of the differences.
-    row = study.paired([11.0, 21.0, 31.0, 42.0], [10.0, 20.0, 30.0, 40.0])
-    assert row["mean"] == pytest.approx(1.25)
-    assert 1.0 <= row["low"] < row["mean"] < row["high"] <= 2.0
+    """The mean of 1, 1, 1, 2 drawn with replacement is 1 + k/4, k binomial: 1.75 is where 97.5 % are reached."""
+    row = study_report.paired([11.0, 21.0, 31.0, 42.0], [10.0, 20.0, 30.0, 40.0])
+    half = 3.1824463 * 0.5 / 2  # the quantile of t with three degrees of freedom, standard deviation by the root of 4
+    assert row == pytest.approx({"mean": 1.25, "low": 1, "high": 1.75, "t_low": 1.25 - half, "t_high": 1.25 + half})
+
+
+def test_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, ...]] = []
+    with study.Study(tmp_path, epochs=1, jobs=1, device=None) as runs:
+        monkeypatch.setattr(runs, "call", lambda *arguments: calls.append(arguments))
+        for name, files in (("new", []), ("begun", ["last.pth"]), ("finished", ["last.pth", "curves.png"])):
+            (tmp_path / name).mkdir()
+            for file in files:
+                (tmp_path / name / file).touch()
+            assert runs.trained(tmp_path / name, "distil") == tmp_path / name / "last.pth"
+        (tmp_path / "finished" / "val.json").write_text('{"mAP": 12.5}')
+        assert runs.scored(tmp_path / "finished" / "last.pth", "val") == {"mAP": 12.5}
+    assert calls == [
+        ("distil", "--out", str(tmp_path / "new")),
+        ("distil", "--out", str(tmp_path / "begun"), "--resume"),
+    ]
 
 
 def test_study_knows_objects_from_background() -> None:
     target = {"boxes": torch.tensor([[8.0, 16.0, 24.0, 32.0]])}
-    inside = study.inside_boxes(target, (32, 48), (4, 6))
+    inside = study_report.inside_boxes(target, (32, 48), (4, 6))
     expected = torch.zeros(4, 6, dtype=torch.bool)
     expected[2:4, 1:3] = True
     assert torch.equal(inside, expected)
 
 
-def test_masks_measured_against_their_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_masks_measured_against_their_definition(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     class Pictures:
         def __len__(self) -> int:
             return 2
@@ -391,15 +471,34 @@ def test_masks_measured_against_their_definition(monkeypatch: pytest.MonkeyPatch
 
     generator = torch.Generator().manual_seed(0)
     features = {(model, i): torch.randn(1, 4, 2, 2, generator=generator) for model in "ts" for i in (0, 1)}
-    monkeypatch.setattr(study, "pyramid", lambda model, image: [features[model, int(image[0, 0, 0])]])
-    loss = study.MasKDLoss(4, num_tokens=3, weight_mask=False)
-    (level,) = study.measure("t", "s", loss, Pictures())  # type: ignore[arg-type]
-    t = torch.cat([features["t", i] for i in (0, 1)])
+    monkeypatch.setattr(study_report, "pyramid", lambda model, image: [features[model, int(image[0, 0, 0])]])
+    loss = study_report.MasKDLoss(4, num_tokens=3, weight_mask=weighted)
+    module = loss.mask_modules[0]
+    with torch.no_grad():
+        module.mask_token.normal_(0, 1, generator=generator)
+        (level,) = study_report.measure("t", "s", loss, Pictures())  # type: ignore[arg-type]
+        t = torch.cat([features["t", i] for i in (0, 1)])
+        weights = module.forward_prob(t).reshape(2, 3) if weighted else torch.full((2, 3), 1 / 3)
+        masks = torch.einsum("kc,nchw->nkhw", module.mask_token.reshape(3, 4), t).sigmoid()
     error = (torch.cat([features["s", i] for i in (0, 1)]) - t).square().sum(1)
-    masks = torch.einsum("kc,nchw->nkhw", loss.mask_modules[0].mask_token, t).sigmoid()
-    under = error * masks.square().mean(1)
-    assert level["objects"] == pytest.approx(float(masks[..., 0].mean()), rel=1e-5)
-    assert level["background"] == pytest.approx(float(masks[..., 1].mean()), rel=1e-5)
+    masses = masks.sum((2, 3), keepdim=True)
+    combined, pixels = (torch.einsum("nk,nkhw->nhw", weights, m) for m in (masks, masks.square() / masses))
+    under = error * pixels
+    flat = masks.flatten(2)
+    dice = [
+        2 * (flat[n, i] * flat[n, j]).sum() / (flat[n, i].square().sum() + flat[n, j].square().sum())
+        for n in (0, 1)
+        for i, j in ((0, 1), (0, 2), (1, 2))
+    ]
+    assert level["tokens_objects"] == pytest.approx(masks[..., 0].mean((0, 2)).tolist(), rel=1e-5)
+    assert level["tokens_background"] == pytest.approx(masks[..., 1].mean((0, 2)).tolist(), rel=1e-5)
+    assert level["objects"] == pytest.approx(float(combined[..., 0].mean()), rel=1e-5)
+    assert level["background"] == pytest.approx(float(combined[..., 1].mean()), rel=1e-5)
+    assert level["dice"] == pytest.approx(float(sum(dice) / 6), rel=1e-4)
     assert level["background_error"] == pytest.approx(float(error[..., 1].sum() / error.sum()), rel=1e-5)
     assert level["background_masked_error"] == pytest.approx(float(under[..., 1].sum() / under.sum()), rel=1e-5)
+    assert level["emphasis"] == pytest.approx(float(pixels[..., 0].mean() / pixels[..., 1].mean()), rel=1e-5)
     assert level["background_pixels"] == 0.5
+    # The loss itself: every pixel's error times its weight.
+    value = loss.eval()(*([torch.cat([features[m, i] for i in (0, 1)])] for m in "st"))
+    assert float(under.sum()) / (2 * 4) == pytest.approx(float(value), rel=1e-4)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -46,12 +47,13 @@ LOSS = """
 import sys
 sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]  # a development install
 import torch, maskd_kernels
-from maskd_kernels import cli, native
+from maskd_kernels import native
+from maskd_kernels.commands import info
 assert maskd_kernels.__file__.startswith({target!r}), maskd_kernels.__file__
 student = torch.randn(2, 8, 5, 7, requires_grad=True)
 maskd_kernels.MasKDLoss(8)(student, torch.randn(2, 8, 5, 7)).backward()
 print(native.available())
-print(cli.info())
+print(info.text(info.collect()))
 """
 
 
@@ -70,6 +72,10 @@ def test_install_builds_the_extension_without_torch(tmp_path):
     needed = subprocess.run(["ldd", extension], capture_output=True, text=True, check=False).stdout
     assert "torch" not in needed
     assert (target / "maskd_kernels" / "py.typed").exists()
+    assert list(target.glob("maskd_kernels-*.dist-info/licenses/LICENSE"))
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    assert names >= {"LICENSE", "CITATION.cff", "CHANGELOG.md", "CMakeLists.txt", "tests/kernels/check.cpp"}
 
 
 @pytest.mark.slow
@@ -108,22 +114,21 @@ def test_public_names_are_documented():
 def test_docstring_examples():
     import doctest
 
-    from maskd_kernels import backends, functional
+    from maskd_kernels import backends, functional, streaming
     from maskd_kernels.distill import distiller, tokens
     from maskd_kernels.losses import amd, maskd, mgd
 
     attempted = 0
-    for module in (backends, functional, distiller, tokens, maskd, mgd, amd):
+    for module in (backends, functional, streaming, distiller, tokens, maskd, mgd, amd):
         result = doctest.testmod(module)
         assert result.failed == 0, module.__name__
         attempted += result.attempted
     assert attempted > 30
 
 
-def test_readme_figures_come_from_the_committed_results(monkeypatch):
+def test_figures_come_from_the_committed_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from bench import document
 
-    text = document.README.read_text()
-    assert document.filled(text) == text, "run python -m bench.document"
-    assert document.PAGE.read_text() == document.page(), "run python -m bench.document"
+    for path, text in document.pages().items():
+        assert path.read_text() == text, "run python -m bench.document"

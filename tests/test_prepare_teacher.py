@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torchvision.models import resnet18
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
 from torchvision.models.segmentation import deeplabv3_resnet50, lraspp_mobilenet_v3_large
@@ -181,6 +182,7 @@ def test_what_cannot_be_folded_is_left_and_named(name):
     assert why in prepared.preparation.left["bn"]
     assert "bn left: " in str(prepared.preparation)
     assert type(prepared.bn) is type(teacher.bn)
+    assert "stored" not in vars(prepared)  # nor anything else that tracing leaves behind
     assert torch.equal(prepared(x), teacher(x))
 
 
@@ -226,6 +228,45 @@ def test_a_branch_that_tracing_takes_otherwise_raises():
         prepare_teacher(trained(model))(torch.randn(2, 3, 9, 7))
 
 
+def test_a_batch_norm_that_reads_something_else_raises():
+    model = Wired(lambda m, x: m.bn(m.conv(x).relu() if isinstance(x, torch.Tensor) else m.conv(x)))
+    with pytest.raises(RuntimeError, match="runs otherwise"):
+        prepare_teacher(trained(model))(torch.randn(2, 3, 9, 7))
+
+
+def test_a_forward_that_fails_checks_nothing():
+    def call(model, x):
+        if model.fails:
+            raise ValueError("mine")
+        return model.bn(model.conv(x).relu() if isinstance(x, torch.Tensor) else model.conv(x))
+
+    model = Wired(call)
+    model.fails = False
+    prepared, x = prepare_teacher(trained(model)), torch.randn(2, 3, 9, 7)
+    prepared.fails = True
+    with pytest.raises(ValueError, match="mine"):
+        prepared(x)
+    prepared.fails = False
+    with pytest.raises(RuntimeError, match="runs otherwise"):
+        prepared(x)
+
+
+def test_float32_casts_a_half_teacher_up():
+    teacher, x = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))), torch.randn(2, 3, 9, 7)
+    prepared = prepare_teacher(copy.deepcopy(teacher).bfloat16(), dtype=torch.float32)
+    assert {p.dtype for p in prepared.parameters()} == {torch.float32}
+    assert off(prepared(x), teacher(x)) < 1e-2
+
+
+def test_a_convolution_run_without_its_piece_raises():
+    model = Wired(lambda m, x: m.block[0](branching(x)))
+    model.block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    prepared = prepare_teacher(trained(model))
+    assert prepared.preparation.folded == {"block.1": "block.0"}
+    with pytest.raises(RuntimeError, match="runs otherwise"):
+        prepared(torch.randn(2, 3, 9, 7))
+
+
 def test_taps_on_folded_convolutions_are_refused_or_kept():
     teacher = trained(nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)))
     student, x = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(2, 3, 9, 7)
@@ -261,10 +302,13 @@ def test_a_prepared_teacher_distils_copies_pickles_and_refuses_training(dtype):
         assert torch.equal(again(x), expected)
         assert type(again).__name__ == "ResNet"
     taps = [Tap("layer2", "layer2", MasKDLoss(128))]
+    dtypes = []
+    prepared.register_forward_pre_hook(lambda _module, inputs: dtypes.append(inputs[0].dtype))
     with Distiller(resnet18(), prepared, taps, example_inputs=(x,)) as distiller:
         _, losses = distiller.train()(x)
         losses["layer2"].backward()
         assert not prepared.training
+    assert set(dtypes) == {torch.float32}
     assert torch.equal(prepared(x), expected)
     assert not torch.is_autocast_enabled("cpu")
     with pytest.raises(RuntimeError, match="expected eval mode, got training mode"):
@@ -275,6 +319,7 @@ def test_compiled():
     teacher, x = trained(resnet18(num_classes=5)), torch.rand(2, 3, 32, 32)
     compiled = prepare_teacher(teacher, compile=True)
     assert len(compiled.preparation.folded) == 20
+    assert not any(layer._forward_hooks for layer in compiled.modules())  # they would be compiled too
     with torch.no_grad():
         assert off(compiled(x), teacher(x)) < 1e-5
     branched = Wired(lambda m, x: m.block(branching(x)))
@@ -282,6 +327,51 @@ def test_compiled():
     trained(branched)
     assert prepare_teacher(branched, compile=True).preparation.folded == {}  # nothing has checked the piece
     assert prepare_teacher(branched, compile=True, example_inputs=(x,)).preparation.folded == {"block.1": "block.0"}
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+def parametrized(convolution):
+    nn.utils.parametrize.register_parametrization(convolution, "weight", Halved())
+    return convolution
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    "computed",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        parametrized,
+        lambda convolution: prune.l1_unstructured(convolution, "weight", 0.5),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_weights_that_are_computed_are_left(computed, dtype):
+    teacher = trained(nn.Sequential(computed(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)))
+    x = torch.randn(2, 3, 9, 7)
+    expected = teacher(x)  # leaves a result of the computation in the convolution
+    prepared = prepare_teacher(teacher, dtype=dtype)
+    assert set(prepared.preparation.left) == {"1"}
+    for _ in range(2):
+        assert off(prepared(x), expected) < (1e-6 if dtype is None else 1e-2)
+
+
+def test_batch_norms_that_do_more_are_left_and_named():
+    class BatchNormAct(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    teacher = trained(nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct(4)))
+    prepared = prepare_teacher(teacher)
+    assert prepared.preparation.left == {"1": "is a BatchNormAct, which may do more than normalise"}
+    x = torch.randn(2, 3, 9, 7)
+    assert off(prepared(x), teacher(x)) < 1e-6
 
 
 def test_channels_last():
@@ -297,8 +387,9 @@ def test_bad_input():
         prepare_teacher("resnet18")
     with pytest.raises(ValueError, match=r"dtype: expected None or one of .*float64"):
         prepare_teacher(teacher, dtype=torch.float64)
-    with pytest.raises(ValueError, match="taps: no layer 'neck'"):
-        prepare_teacher(teacher, taps=["neck"])
+    for taps in ("neck", ["neck"], Tap("0", "neck", MasKDLoss(4))):
+        with pytest.raises(ValueError, match="taps: no layer 'neck'"):
+            prepare_teacher(teacher, taps=taps)
     teacher[0].weight.data.fill_(1e5)
     with pytest.raises(ValueError, match=r"float16 cannot hold 0\.weight, whose largest value is 1e\+05"):
         prepare_teacher(teacher, dtype=torch.float16)

@@ -18,10 +18,14 @@ DETECTOR = {"weights": None, "weights_backbone": None, "num_classes": 3, "min_si
 
 
 def ran(model):
-    """Names of the modules that start in the next forwards. No forward hooks: those would make it run whole."""
+    """Names of the modules that start in the next forwards. No hooks: those would make it run whole."""
     names = []
+
+    def noted(name, forward):
+        return lambda *args, **kwargs: names.append(name) or forward(*args, **kwargs)
+
     for name, module in model.named_modules():
-        module.register_forward_pre_hook(lambda *_, name=name: names.append(name))
+        module.forward = noted(name, module.forward)
     return names
 
 
@@ -84,9 +88,9 @@ def test_deeplab():
     from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
 
     teacher = deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3, aux_loss=True)
-    assert_ends(teacher, ["backbone"], torch.rand(2, 3, 64, 64), without=["classifier", "aux_classifier"])
-    taps = ["classifier.4", "backbone"]
-    assert_ends(copy.deepcopy(teacher), taps, torch.rand(2, 3, 64, 64), without=["aux_classifier"])
+    x = torch.rand(2, 3, 64, 64)
+    assert_ends(copy.deepcopy(teacher), ["backbone"], x, without=["classifier", "aux_classifier"])
+    assert_ends(teacher, ["classifier.4", "backbone"], x, without=["aux_classifier"])
 
 
 class Levels(nn.Module):
@@ -135,6 +139,45 @@ def test_number_of_runs_that_changes(levels):
             assert_equal(got["neck.conv"], teacher.neck(teacher.stem(IMAGE), count))
 
 
+def test_building_again_learns_again():
+    teacher = Levels(2).eval()
+    recorder = Recorder(teacher, "teacher", ["neck.conv"])
+    recorder.run(teacher, (IMAGE,), {}, output=False)
+    teacher.levels = 3
+    assert recorder.run(teacher, (IMAGE,), {}, learn=True, output=False)[0] is not None
+    output, got = recorder.run(teacher, (IMAGE,), {}, output=False)
+    assert output is None
+    assert len(got["neck.conv"]) == 3
+
+
+def test_what_is_around_all_runs_may_itself_run_again():
+    """All runs were in the first of two runs of a module: then what has it in turn is awaited."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.neck, self.counts = Shared(), (2, 0)
+
+        def forward(self, x):
+            return [y for count in self.counts for y in self.neck(x, count)]
+
+    class Teacher(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.twice, self.after = nn.Conv2d(3, 4, 3), Twice(), nn.Identity()
+
+        def forward(self, x):
+            return self.after(self.twice(self.stem(x)))
+
+    teacher = Teacher().eval()
+    recorder = Recorder(teacher, "teacher", ["twice.neck.conv"])
+    for counts, ends in (((2, 0), False), ((2, 0), True), ((2, 1), False)):
+        teacher.twice.counts = counts
+        output, got = recorder.run(teacher, (IMAGE,), {}, output=False)
+        assert (output is None) == ends
+        assert len(got["twice.neck.conv"]) == sum(counts)
+
+
 def test_each_form_of_inputs_is_learned_by_itself():
     """Layers that run once for every image of a list."""
 
@@ -152,8 +195,59 @@ def test_each_form_of_inputs_is_learned_by_itself():
         inputs = [torch.randn(3, 8 + i, 8) for i in range(count)]
         _, got = recorder.run(teacher, (inputs,), {}, output=False)
         assert_equal(got["stem"], [teacher.stem(x) for x in inputs])
+        batch = torch.stack([torch.randn(3, 8, 8)] * count)
+        assert_equal(recorder.run(teacher, (batch,), {}, output=False)[1]["stem"], [teacher.stem(x) for x in batch])
     assert not recorder._whole
     assert recorder.run(teacher, ([torch.randn(3, 16, 20)],), {}, output=False)[0] is None  # sizes are no form
+
+
+def test_flags_decide_how_often_layers_run():
+    """A layer that has run once ends the forward, so nothing would show that it is to run again."""
+
+    class Iterates(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.block, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x, count=1, mode="once", options={}):  # noqa: B006
+            x = self.stem(x)
+            for _ in range(count + (mode == "again") + options.get("again", False)):
+                x = self.block(x)
+            return self.head(x)
+
+    teacher = Iterates().eval()
+    recorder = Recorder(teacher, "teacher", ["block"])
+    for _ in range(2):
+        for args, kwargs, runs in (
+            ((1,), {}, 1),
+            ((2,), {}, 2),
+            ((), {"count": 1}, 1),
+            ((), {"count": 3}, 3),
+            ((), {"mode": "once"}, 1),
+            ((), {"mode": "again"}, 2),
+            ((), {"options": {"again": False}}, 1),
+            ((), {"options": {"again": True}}, 2),
+        ):
+            _, got = recorder.run(teacher, (IMAGE, *args), kwargs, output=False)
+            assert len(got["block"]) == runs
+    assert not recorder._whole
+
+
+def test_annotations_are_no_form():
+    """Masks and keypoints come in another number for every image."""
+    teacher = Net(4).eval()
+    teacher.forward = lambda x, targets=None: Net.forward(teacher, x)
+    recorder = Recorder(teacher, "teacher", ["neck"])
+    recorder.run(teacher, (IMAGE, [{"masks": torch.ones(1, 4, 4)}] * 2), {}, output=False)
+    for count in range(2, 5):
+        targets = [{"masks": torch.ones(count, 4, 4), "keypoints": torch.ones(count, 17, 3)}, {}]
+        keypoints = {"targets": targets}
+        recorder.run(teacher, (IMAGE,), keypoints, output=False)
+    assert recorder.run(teacher, (IMAGE,), keypoints, output=False)[0] is None
+    assert len(recorder._plans) == 2
+    for count in range(100):  # what changes in every call is not remembered for ever
+        recorder.run(teacher, (IMAGE[:, :, :2, :2], count), {}, output=False)
+    assert len(recorder._plans) == 64
 
 
 def test_tap_of_the_output_and_tap_that_never_runs():
@@ -206,6 +300,9 @@ def test_teacher_output():
     d = Distiller(Net(8), teacher, Tap("neck", "neck", mse), example_inputs=IMAGE)
     d(IMAGE)
     assert d.teacher_output is None
+    d = Distiller(Net(8), teacher, Tap("neck", "neck", mse))
+    d(IMAGE)  # whole, to learn
+    assert d.teacher_output is None
 
 
 def test_hooks_of_others_run():
@@ -219,16 +316,27 @@ def test_hooks_of_others_run():
     assert seen == ["stem"]
     assert "head" not in names
     torch.testing.assert_close(losses["neck"], neck_loss(d))
-    for module in (teacher.head, teacher):
-        handle = module.register_forward_hook(lambda *_: seen.append("cut"), always_call=True)
+    anywhere = nn.modules.module
+    for register, expected in (
+        (teacher.head.register_forward_hook, teacher.head),
+        (teacher.register_forward_hook, teacher),
+        (teacher.head.register_forward_pre_hook, teacher.head),
+        (anywhere.register_module_forward_hook, teacher),
+        (anywhere.register_module_forward_pre_hook, teacher.head),
+    ):
+        handle = register(lambda module, *_: seen.append(module))
         seen.clear()
         d(IMAGE)
-        assert seen[-1] == "cut"
         handle.remove()
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+        assert expected in seen
+    for module in (teacher, teacher.stem):  # what runs anyway
+        module.register_forward_pre_hook(lambda *_: seen.append("before"))
+    names.clear()
     d(IMAGE)
-    handle.remove()
-    assert teacher in seen
+    assert "head" not in names
+    teacher.head._hf_hook = object()  # how Accelerate hooks: in place of the module's forward
+    d(IMAGE)
+    assert "head" in names
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, "ddp"])
@@ -245,6 +353,14 @@ def test_wrappers(wrap, tmp_path):
     assert "neck" in names
     assert "head" not in names
     torch.testing.assert_close(losses["neck"], neck_loss(d))
+    outputs = []
+    d.teacher.register_forward_hook(lambda *args: outputs.append(args[-1]))
+    d(IMAGE)
+    assert len(outputs) == 1
+    wrapper = wrap(Net(8))
+    wrapper.device_ids = [0, 1]
+    with pytest.raises(ValueError, match="teacher: DataParallel splits features over devices"):
+        Distiller(Net(8), wrapper, Tap("neck", "neck", mse))
 
 
 def end_in_ddp(rank):
@@ -300,6 +416,7 @@ def test_autocast_inference_and_gradient_mode_are_left_as_found(outside):
         assert state() == before
     assert "head" not in names
     assert teacher.left
+    assert not d._teacher_recorder._whole
     losses["neck"].backward()
     torch.autocast_increment_nesting()
     assert torch.autocast_decrement_nesting() == 0
@@ -325,8 +442,35 @@ def test_exceptions_of_the_model_pass(error):
             d(IMAGE)
         assert caught.value is error
         assert not any(m._forward_hooks for m in teacher.modules())
+        assert d._teacher_recorder._records is None
         teacher.fails = None
         torch.testing.assert_close(d(IMAGE)[1]["neck"], expected)
+
+
+def test_exceptions_that_the_model_catches():
+    """Layers within that have no end do not hide the ends of those around them."""
+
+    class Tries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wrong, self.right, self.after = nn.Conv2d(5, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            try:
+                return self.after(self.wrong(x))
+            except RuntimeError:
+                return self.after(self.right(x))
+
+    assert_ends(nn.Sequential(Tries(), nn.Conv2d(4, 4, 1)), ["0", "0.right"], IMAGE, without=["1"])
+
+
+def test_layer_that_was_taken_out():
+    teacher = Net(8)
+    d = Distiller(Net(8), teacher, Tap("neck", "neck", mse), example_inputs=IMAGE)
+    del teacher.head
+    teacher.head = lambda x: x
+    for _ in range(2):
+        torch.testing.assert_close(d(IMAGE)[1]["neck"], neck_loss(d))
 
 
 class NeedsItsEnd(Net):
@@ -377,6 +521,17 @@ def test_end_of_another_forward_passes():
     assert_ends(nn.Sequential(teacher, nn.Conv2d(4, 4, 1)), ["0.neck"], IMAGE, without=["1"])
     assert teacher.loss > 0
 
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Distiller(Net(8), Net(8), Tap("neck", "neck", mse), example_inputs=IMAGE)
+            self.after = nn.Identity()
+
+        def forward(self, x):
+            return self.after(self.inner(x)[0]["logits"])
+
+    assert_ends(Outer(), ["inner.student.neck"], IMAGE, without=["inner.student.head", "after"])
+
 
 def test_compiled_teacher_runs_whole_and_says_so_once():
     torch._dynamo.reset()
@@ -396,7 +551,8 @@ def test_teacher_with_a_compiled_part_ends():
     teacher.neck = torch.compile(teacher.neck, backend="eager")
     d = Distiller(Net(8), teacher, Tap("neck", "neck", mse), example_inputs=IMAGE)
     names = []
-    teacher.head.register_forward_pre_hook(lambda *_: names.append("head"))
+    head = teacher.head.forward
+    teacher.head.forward = lambda x: names.append("head") or head(x)
     for _ in range(2):
         _, losses = d(IMAGE)
         torch.testing.assert_close(losses["neck"], neck_loss(d))

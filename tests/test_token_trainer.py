@@ -108,6 +108,23 @@ def test_token_sequences():
         torch.testing.assert_close(dice, expected_dice)
 
 
+def test_token_sequences_of_channels_first():
+    teacher, x = nn.Sequential(nn.Conv1d(8, 8, 1), nn.Conv1d(8, 5, 1)), torch.randn(2, 8, 1 + 12)
+    trainer = TokenTrainer(teacher, "0", 8, prefix_tokens=1, grid=(3, 4))
+    output, _ = trainer(x)
+    tokens = teacher[0](x)
+    masked, _ = trainer.mask_modules[0](tokens[:, :, 1:].unflatten(-1, (3, 4)))
+    torch.testing.assert_close(output, teacher[1](torch.cat([tokens[:, :, :1], masked.flatten(2)], 2)))
+
+
+def test_teacher_in_half_precision():
+    trainer = TokenTrainer(Net(8, "tensor").bfloat16(), "neck", 8)
+    output, dice = trainer(IMAGE)  # float32, cast to what the teacher takes
+    (output["logits"].float().square().mean() + dice).backward()
+    assert output["logits"].dtype == torch.bfloat16
+    assert trainer.mask_modules[0].mask_token.grad.isfinite().all()
+
+
 def test_teacher_mode():
     teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5))
     trainer = TokenTrainer(teacher, "0", 8)
@@ -165,8 +182,12 @@ def test_bad_input():
         TokenTrainer(Net(8), "neck", 8)(IMAGE)
     with pytest.raises(ValueError, match=r"tokens: expected \[K, 8\] for a teacher of \[2, 8, 16, 16\], got \[6, 4\]"):
         TokenTrainer(Net(8, "tensor"), "neck", 4, weight_mask=False)(IMAGE)
+    with pytest.raises(ValueError, match="select: expected tensors of the output, as they are"):
+        TokenTrainer(Net(8, "tensor"), "neck", 8, select=torch.relu)(IMAGE)
     with pytest.raises(RuntimeError, match="layer: 'never' did not run"):
         TokenTrainer(Net(8), "never", 8)(IMAGE)
+    with pytest.raises(TypeError, match=r"channels: expected a positive whole number, got 8\.0"):
+        TokenTrainer(Net(8), "neck", 8.0)
     with pytest.raises(ValueError, match="channels: expected at least one level"):
         TokenTrainer(Net(8), "neck", [])
 

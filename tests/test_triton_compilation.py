@@ -55,9 +55,17 @@ def test_features_move_128_bits_at_a_time(compiled, kernel, layout, dtype, archi
 def test_resources(compiled):
     assert {name.split()[0] for name in compiled["kernels"]} == {name.split()[0] for name in KERNELS}
     for name, entry in compiled["kernels"].items():
-        assert entry["spills"] == 0, (name, entry)
         assert entry["shared_bytes"] <= SHARED_MEMORY_BYTES[int(name.rsplit("_", 1)[1])], (name, entry)
         assert 0 < entry["registers"] <= 255, (name, entry)
+
+
+def test_nothing_spills(compiled):
+    """With the compiler that the kernels are tuned for: as registers, spills are another one's."""
+    recorded = json.loads((SCRIPT.parent / "triton_registers.json").read_text())["triton"]
+    spilling = {name: entry["spills"] for name, entry in compiled["kernels"].items() if entry["spills"]}
+    if recorded != triton.__version__:
+        pytest.skip(f"recorded with triton {recorded}, this is {triton.__version__}, bytes spilled: {spilling}")
+    assert not spilling
 
 
 def test_launches_of_a_pyramid(compiled):
@@ -72,6 +80,16 @@ def test_nothing_is_compiled_anew_when_image_sizes_change(compiled):
     assert compiled["compiled_anew"] == []
 
 
+def test_what_the_host_worked_out_is_recalled(compiled):
+    """Calls of Python functions for five levels, forward and backward; an empty autograd.Function takes 35.
+
+    The loss took 1083 of them, and the others 900 to 1100, when each call worked everything out anew.
+    """
+    most = {"loss": 250, "scale": 470, "error": 470, "attention": 470}
+    assert compiled["calls"].keys() == most.keys()
+    assert all(compiled["calls"][name] <= count for name, count in most.items()), compiled["calls"]
+
+
 def test_registers_are_the_recorded_ones(compiled):
     """More registers, fewer warps at a time: a change of them is made knowingly."""
     recorded = json.loads((SCRIPT.parent / "triton_registers.json").read_text())
@@ -82,3 +100,18 @@ def test_registers_are_the_recorded_ones(compiled):
     changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
     assert not changed, f"recorded, now: {changed}; if meant: python tests/compile_triton.py --record"
     assert found.keys() == recorded["registers"].keys()
+
+
+def test_counts_are_the_committed_ones(compiled):
+    """The figures that docs/benchmarks.md shows and predicts times from, of float32 and bfloat16 on sm_90."""
+    committed = json.loads((SCRIPT.parent.parent / "bench" / "results" / "static.json").read_text())
+    if committed["triton"] != triton.__version__:
+        pytest.skip(f"counted with triton {committed['triton']}, this is {triton.__version__}")
+    assert {name.rsplit(" ", 3)[0] for name in compiled["counts"]} == set(KERNELS)
+    changed = {}
+    for name, found in compiled["counts"].items():
+        before = committed["kernels"].get(name, {})
+        differing = {k: (before.get(k), v) for k, v in found.items() if k != "predicted" and before.get(k) != v}
+        if differing:
+            changed[name] = differing
+    assert not changed, f"committed, now: {changed}; if meant: python -m bench.static --json bench/results/static.json"

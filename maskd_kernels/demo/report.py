@@ -30,7 +30,8 @@ def time_loss(demo: Demo, teacher: PyramidSegmenter, student: nn.Module, loss: M
     modules: list[Any] = list(loss.mask_modules)
 
     def fused() -> Tensor:
-        return loss(s, t)
+        result: Tensor = loss(s, t)
+        return result
 
     def published() -> Tensor:
         levels = zip(s, t, modules, strict=True)
@@ -148,7 +149,6 @@ def run(out: Path, settings: Settings | None = None) -> dict[str, Any]:
         "validation_miou": {
             "teacher": demo.stage("teacher", dict)["validation"],
             "by loss weight": {m: {f"{w:g}": r["validation"] for w, r in t.items()} for m, t in trials.items()},
-            **{names[method]: [r["validation"] for r in results] for method, results in students.items()},
         },
         "loss_weights": weights,
         "loss_ms": loss_ms,

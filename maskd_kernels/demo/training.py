@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,20 +52,20 @@ def progress(iterable: Any, total: int, text: str) -> Any:
 
 def fit(
     step: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
-    parameters: list[nn.Parameter],
+    parameters: Mapping[float, Sequence[nn.Parameter]],
     data: Data,
     batch: int,
     steps: int,
     seed: int,
     text: str,
-    learning_rate: float,
 ) -> list[float]:
     """AdamW under a one-cycle schedule; ``step`` gets a batch, returns the task loss and what is to be added to it.
 
-    Returns the task loss of each step.
+    ``parameters`` are given by their learning rate. Returns the task loss of each step.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-3, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.15)
+    groups = [{"params": list(group), "lr": rate} for rate, group in parameters.items()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=1e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, list(parameters), total_steps=steps, pct_start=0.15)
     curve = []
     for scenes, labels, numbers in progress(data.batches(batch, steps, seed), steps, text):
         task, extra = step(scenes, labels, numbers)

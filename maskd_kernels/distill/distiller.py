@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable loads the whole compiler
 from torch.nn import functional as F
 
 from maskd_kernels.distill.features import kind
@@ -45,7 +46,8 @@ class Distiller(FrozenTeacher):
 
     The student's output comes back untouched, beside a dict of named, weighted losses to add to the task loss. The
     teacher runs in eval mode and without gradients, whatever mode the distiller is in; it is moved with the distiller
-    but is no part of its ``state_dict()`` and parameters. Works with models under ``torch.compile`` and under autocast.
+    but is no part of its ``state_dict()`` and parameters. Works under autocast and with models under ``torch.compile``
+    (compiling the distiller itself compiles its losses alone).
     For several processes wrap the distiller: ``DistributedDataParallel(Distiller(student, ...))``, or ``fully_shard``
     the student's blocks, then the distiller. It can be copied and pickled, with copies of both models; the models
     themselves carry nothing of it between calls (under ``torch.compile``: hooks, which copies of them lose). A tap gets
@@ -99,6 +101,8 @@ class Distiller(FrozenTeacher):
         teacher_output: bool = False,
     ) -> None:
         check_module(student, "student")
+        if teacher_inputs is not None and not callable(teacher_inputs):
+            raise TypeError(f"teacher_inputs: expected a function of a call's arguments, got {kind(teacher_inputs)}")
         super().__init__(teacher)
         self.student = student
         self.taps = _checked_taps(taps)
@@ -116,7 +120,8 @@ class Distiller(FrozenTeacher):
         self._removed = False
         self._shards_checked = False
         self._refuse_wrapped_student()
-        teacher.eval()
+        with self._teacher_in_eval():
+            pass
         student_names = [name for pair in self._pairs for name in pair.student.names]
         teacher_names = [name for pair in self._pairs for name in pair.teacher.names]
         self._student_recorder = Recorder(student, "student", student_names)
@@ -127,9 +132,21 @@ class Distiller(FrozenTeacher):
 
     def train(self, mode: bool = True) -> Distiller:
         """Sets the mode of student and losses; the teacher stays in eval mode."""
-        super().train(mode)
         self.teacher.eval()
+        super().train(mode)  # after it, for modules that are the student's as well
         return self
+
+    @contextmanager
+    def _teacher_in_eval(self) -> Iterator[None]:
+        """The teacher in eval mode; modules that are the student's as well return to theirs."""
+        student = set(self.student.modules())
+        modes = [(module, module.training) for module in self.teacher.modules() if module in student]
+        self.teacher.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
     @torch.no_grad()
     def build(self, *args: Any, **kwargs: Any) -> None:
@@ -149,7 +166,7 @@ class Distiller(FrozenTeacher):
         for i, tap in enumerate(self.taps):
             student, teacher, single = self._fitted(i, call)
             with torch.enable_grad(), _without_traces(tap.loss, teacher[0].device) as loss:
-                self._loss(i, loss, [s.detach().requires_grad_() for s in student], teacher, single)
+                self._loss(i, loss, [s.detach().requires_grad_() for s in student], teacher, single, gradient=True)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What the optimizer needs: the parameters of student, aligns and losses that require gradients.
@@ -193,13 +210,13 @@ class Distiller(FrozenTeacher):
         self.raw_losses = raw
         return output, losses
 
+    @_disable_dynamo
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], learn: bool = False) -> tuple[Any, _Call]:
         if self._removed:
             raise RuntimeError("the distiller's hooks have been removed; make a new Distiller")
-        self.teacher.eval()
         own = (args, kwargs) if self.teacher_inputs is None else as_call(self.teacher_inputs(*args, **kwargs))
         teacher_args, teacher_kwargs = cast_to(self.teacher, own)
-        with torch.no_grad():
+        with torch.no_grad(), self._teacher_in_eval():
             teacher_output, teacher = self._teacher_recorder.run(
                 self.teacher, teacher_args, teacher_kwargs, learn=learn, output=self._keeps_teacher_output
             )
@@ -266,15 +283,28 @@ class Distiller(FrozenTeacher):
         return F.interpolate(student, size=teacher.shape[2:], mode=_INTERPOLATION[student.dim()], align_corners=False)
 
     def _loss(
-        self, tap_index: int, loss: Callable[..., Tensor], student: list[Tensor], teacher: list[Tensor], single: bool
+        self,
+        tap_index: int,
+        loss: Callable[..., Tensor],
+        student: list[Tensor],
+        teacher: list[Tensor],
+        single: bool,
+        gradient: bool = False,
     ) -> Tensor:
-        """The loss's value; its complaints get the tap's name and both shapes."""
+        """The loss's value, its gradient tried; its complaints get the tap's name, both shapes, dtypes that differ."""
         try:
-            return loss(student[0], teacher[0]) if single else loss(student, teacher)
+            value = loss(student[0], teacher[0]) if single else loss(student, teacher)
+            if not isinstance(value, Tensor):
+                raise TypeError(f"expected a tensor of it, got {kind(value)}")
+            if gradient and value.requires_grad:
+                torch.autograd.grad(value.sum(), student, allow_unused=True)
+            return value
         except (ValueError, TypeError, RuntimeError) as error:
             if type(error) not in (ValueError, TypeError, RuntimeError):  # out of memory, for one
                 raise
             shapes = f"{_shapes(student)} and {_shapes(teacher)}"
+            if student[0].dtype != teacher[0].dtype:
+                shapes += f" of {student[0].dtype} and {teacher[0].dtype}"
             raise type(error)(f"{self._pairs[tap_index].label}: the loss cannot take {shapes}: {error}") from error
 
     def _build(self, call: _Call) -> list[str]:
@@ -292,8 +322,9 @@ class Distiller(FrozenTeacher):
                     convolutions.append(nn.Identity())
                     continue
                 dtype = next((p.dtype for p in self.student.parameters() if p.is_floating_point()), s.dtype)
-                convolution = _CONVOLUTIONS[s.dim()](s.shape[1], t.shape[1], kernel_size=1)
-                convolutions.append(convolution.to(device=s.device, dtype=dtype))
+                with torch.inference_mode(False):  # else it could never train
+                    convolution = _CONVOLUTIONS[s.dim()](s.shape[1], t.shape[1], kernel_size=1)
+                    convolutions.append(convolution.to(device=s.device, dtype=dtype))
                 built.append(f"{self._pairs[i].label} {s.shape[1]} to {t.shape[1]} channels")
             self.aligns[i] = convolutions
         self._built = True

@@ -27,7 +27,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Preparation:
-    """What :func:`prepare_teacher` did; ``prepared.preparation``.
+    """What ``prepare_teacher`` did; ``prepared.preparation``.
 
     Attributes:
         folded: the convolution that each folded batch norm went into.
@@ -54,7 +54,7 @@ def prepare_teacher(
     channels_last: bool = True,
     fold_batch_norm: bool = True,
     compile: bool = False,
-    taps: Sequence[Tap | str] = (),
+    taps: Tap | str | Sequence[Tap | str] = (),
     example_inputs: Any = None,
 ) -> Any:
     """A copy of the teacher that computes the same features for less; the teacher itself stays as it is.
@@ -77,8 +77,8 @@ def prepare_teacher(
         fold_batch_norm: whether batch norms are folded.
         compile: whether the copy comes back under ``torch.compile``. Without ``example_inputs`` batch norms are then
             folded only if the model can be traced as a whole.
-        taps: the layers whose features are read, by name or as the ``Tap``s of ``Distiller``. Their outputs
-            stay what they are: a convolution that is tapped is not folded into.
+        taps: the layers whose features are read, one or several, by name or as the ``Tap``s of ``Distiller``. Their
+            outputs stay what they are: a convolution that is tapped is not folded into.
         example_inputs: for one forward, as ``Distiller`` takes them; with them the fold is checked at once, and the
             error of each tap measured.
 
@@ -105,9 +105,13 @@ def prepare_teacher(
     check_module(teacher, "teacher")
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype: expected None or one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+    taps = [taps] if isinstance(taps, (Tap, str)) else taps
     tapped = [tap.side(tap.teacher).resolved(teacher, "taps").names if isinstance(tap, Tap) else [tap] for tap in taps]
     names = list(dict.fromkeys(layer_name(teacher, name, "taps") for found in tapped for name in found))
-    model = copy.deepcopy(unwrap(teacher)).eval().requires_grad_(False)
+    inner = unwrap(teacher)
+    held = [x for layer in inner.modules() for x in vars(layer).values() if isinstance(x, Tensor) and not x.is_leaf]
+    detached = {id(x): x.detach().clone() for x in held}  # results that layers keep: they cannot be copied
+    model = copy.deepcopy(inner, detached).eval().requires_grad_(False)
     before = _features(model, names, example_inputs)
 
     report, checks = Preparation(), list[_Check]()
@@ -249,7 +253,7 @@ def _read_graph(traces: _Traces, graph: fx.Graph, tracer: _Tracer, piece: str, n
 
 def _fold(model: nn.Module, taps: list[str], report: Preparation, whole: bool) -> list[_Check]:
     layers = dict(model.named_modules())
-    norms = {name: layer for name, layer in layers.items() if type(layer) in _batch_norms()}
+    norms = {name: layer for name, layer in layers.items() if isinstance(layer, _batch_norms())}
     tapped = [layers[name] for name in taps]
     traces = _trace(model, whole) if norms else _Traces()
     checks: dict[str, _Check] = {}
@@ -279,6 +283,8 @@ def _feeder(
 ) -> tuple[str | None, str]:
     """The convolution that a batch norm can be folded into, or None and why there is none."""
     norm: Any = layers[name]
+    if type(norm) not in _batch_norms():
+        return None, f"is a {type(norm).__name__}, which may do more than normalise"
     if norm.running_mean is None or norm.running_var is None:
         return None, "normalises by the batch's own statistics"
     calls = traces.calls.get(name)
@@ -436,9 +442,12 @@ def _new_under_autocast(model_class: Any) -> Any:
 def _lay_channels_last(model: nn.Module) -> None:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     for layer in model.modules():
-        if isinstance(layer, nn.modules.conv._ConvNd) and layer.weight.dim() in formats:
-            weight = layer.weight.contiguous(memory_format=formats[layer.weight.dim()])
-            layer.weight = nn.Parameter(weight, requires_grad=False)
+        if not isinstance(layer, nn.modules.conv._ConvNd):
+            continue
+        weight = layer._parameters.get("weight")  # none where it is computed: weight norm, other parametrisations
+        if weight is not None and weight.dim() in formats:
+            laid = weight.contiguous(memory_format=formats[weight.dim()])
+            layer.weight = nn.Parameter(laid, requires_grad=False)
 
 
 # How far the features are off

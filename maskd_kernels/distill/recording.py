@@ -14,6 +14,7 @@ from maskd_kernels.distill.features import map_tensors, tensors_in, unwrap
 from maskd_kernels.distill.stopping import ForwardEnd, Plan, Watch, form
 
 _ENDED: Any = object()
+_PLANS = 64  # forms of inputs that are remembered
 
 
 class _EndNotBorneError(Exception):
@@ -106,7 +107,7 @@ class Recorder:
             RuntimeError: an in-place operation changed a layer's output in this forward, and in none before.
         """
         learn = learn or model.training not in self._learned
-        key = (model.training, form((args, kwargs)))
+        key = (model.training, form(args, kwargs))
         ends = not output and not self._runs_whole(model)
         watch = Watch() if ends and (learn or key not in self._plans) else None
         plan = self._plans[key] if ends and watch is None else None
@@ -124,6 +125,8 @@ class Recorder:
             self._records, self._plan = None, None
         self._learned.add(model.training)
         if watch is not None:
+            if len(self._plans) >= _PLANS:
+                self._plans.pop(next(iter(self._plans)))
             self._plans[key] = watch.plan(self.names)
         if plan is not None and result is not _ENDED:  # layers ran more or less often, or it caught the end
             self._whole = True
@@ -197,7 +200,8 @@ class Recorder:
         """A layer's output, with copies in place of tensors that have changed since."""
         found = []
         for i, (x, version, copy) in enumerate(kept):
-            if version is not None and x._version != version:
+            # What changes memory and no version (x.data, other libraries) shows by the values, while they are copied.
+            if version is not None and (x._version != version or (copy is not None and not torch.equal(x, copy))):
                 self._copied.add((name, i))
                 if copy is None:
                     raise RuntimeError(

@@ -33,23 +33,30 @@ class Plan:
     runs: dict[str, int]  # of each tapped layer
     awaited: set[str]  # modules that must have ended
     cut: list[str]  # modules that would have ended later
+    never: list[str]  # those of them that would have started later as well
 
     def spares_hooks(self, model: nn.Module) -> bool:
-        """Whether no forward hook of others is in what is cut."""
+        """Whether no hook of others, before or after a forward, is in what is cut."""
         inner = unwrap(model)
-        layers = [inner.get_submodule(name) for name in self.cut]
+        try:
+            layers = [inner.get_submodule(name) for name in self.cut]
+            unseen = [inner.get_submodule(name) for name in self.never]
+        except AttributeError:  # a layer has been taken out since
+            return False
         wrappers = []
         while model is not inner:
             wrappers.append(model)
             model = getattr(model, "_orig_mod", None) or model.module  # type: ignore[assignment]
         hooked = any(layer._forward_hooks or hasattr(layer, "_hf_hook") for layer in (*wrappers, *layers))
-        return not hooked and not torch_module._global_forward_hooks
+        hooked |= any(layer._forward_pre_hooks for layer in unseen)
+        return not (hooked or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
 
 @dataclass
 class _ModuleCall:
     name: str
     inside: tuple[int, ...]  # numbers of the calls under way, outermost first
+    start: int  # times are numbers of calls that have ended
     end: int | None = None
 
 
@@ -72,7 +79,7 @@ class Watch:
 
     def _started(self, name: str) -> Any:
         def note(_module: nn.Module, _inputs: Any) -> None:
-            self._calls.append(_ModuleCall(name, tuple(self._open)))
+            self._calls.append(_ModuleCall(name, tuple(self._open), self._time))
             self._open.append(len(self._calls) - 1)
 
         return note
@@ -101,7 +108,8 @@ class Watch:
             awaited.add(awaited_call.name)
             last = max(last, awaited_call.end)
         cut = dict.fromkeys(call.name for call in self._calls if call.end is None or call.end > last)
-        return Plan({name: times[name] for name in names}, awaited, list(cut))
+        never = dict.fromkeys(call.name for call in self._calls if call.start >= last)
+        return Plan({name: times[name] for name in names}, awaited, list(cut), list(never))
 
     def _around(self, runs: list[_ModuleCall], times: Counter[str]) -> _ModuleCall | None:
         if not runs:
@@ -111,16 +119,22 @@ class Watch:
         return next((call for call in around if times[call.name] == 1), None)
 
 
-def form(inputs: Any) -> Hashable:
+def form(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
     """What decides which layers run, of a call's arguments: tensors by their axes and batch, flags, how many there are.
 
-    Neither image sizes nor values, but for booleans.
+    Neither image sizes nor values, but for booleans and, as arguments themselves, whole numbers and strings. Of an
+    image's annotations (a dict in a list), whose number is another in every call, tensors count by their axes alone.
     """
+    flags = tuple(value if isinstance(value, (int, str)) else None for value in (*args, *kwargs.values()))
+    return flags, tuple(_form(value) for value in args), tuple((key, _form(value)) for key, value in kwargs.items())
+
+
+def _form(inputs: Any, annotation: bool = False) -> Hashable:
     if isinstance(inputs, Tensor):
-        return inputs.dim(), inputs.shape[0] if inputs.dim() >= 3 else None
+        return inputs.dim(), inputs.shape[0] if inputs.dim() >= 3 and not annotation else None
     if isinstance(inputs, Mapping):
-        return tuple((key, form(value)) for key, value in inputs.items() if isinstance(key, Hashable))
+        return tuple((key, _form(value, annotation)) for key, value in inputs.items() if isinstance(key, Hashable))
     if isinstance(inputs, (list, tuple)):
-        forms = tuple(form(value) for value in inputs)
+        forms = tuple(_form(value, annotation or isinstance(value, Mapping)) for value in inputs)
         return forms if any(found is not None for found in forms) else None
     return inputs if isinstance(inputs, bool) else None

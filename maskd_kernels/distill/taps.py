@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from maskd_kernels.distill.features import as_levels, choose, kind, layer_name, tensors_in
+from maskd_kernels.validation import check_number
 
 LayerName = str | nn.Module
 Key = str | int
@@ -161,7 +162,8 @@ class Layer:
                 f"{where}: grid ({height}, {width}) needs {height * width} tokens, got {length} "
                 f"(prefix_tokens={self.prefix_tokens})"
             )
-        return x.unflatten(2, (height, width))
+        image: Tensor = x.unflatten(2, (height, width))
+        return image
 
     def from_map(self, masked: Tensor, x: Tensor) -> Tensor:
         """``to_map`` undone: the level as the layer put it out, with the map's values in place of its own."""
@@ -199,7 +201,7 @@ class Tap:
 
     Raises:
         ValueError: options out of range.
-        TypeError: a loss that cannot be called, or a class instead of an instance.
+        TypeError: a loss that cannot be called, or a class instead of an instance; a weight that is no number.
 
     Example:
         >>> from torch.nn.functional import mse_loss
@@ -226,6 +228,8 @@ class Tap:
             raise TypeError(f"loss: expected a module or function, got the class {self.loss.__name__}; make one of it")
         if not callable(self.loss):
             raise TypeError(f"loss: expected a module or function, got {type(self.loss).__name__}")
+        if not isinstance(self.weight, Tensor):
+            check_number(self.weight, "weight")
         if isinstance(self.align, str) and self.align != "auto":
             raise ValueError(f"align: expected 'auto', None or modules, got {self.align!r}")
         self.side(self.student)

@@ -29,7 +29,7 @@ class FrozenTeacher(nn.Module):
     teacher: nn.Module
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenTeacher:
-        super()._apply(fn, recurse)
+        nn.Module._apply(self, fn, recurse)
         self.teacher._apply(fn)
         return self
 

@@ -16,6 +16,7 @@ from maskd_kernels.distill.taps import Key, Layer, LayerName, Size, image_size
 from maskd_kernels.distill.teacher import FrozenTeacher, cast_to
 from maskd_kernels.losses.checkpoints import Source, load_tokens
 from maskd_kernels.losses.maskd import MaskModule
+from maskd_kernels.validation import check_channels
 
 _KEPT_IN_EVAL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
@@ -72,9 +73,7 @@ class TokenTrainer(FrozenTeacher):
         grid: Size | Sequence[Size] | str | None = None,
     ) -> None:
         super().__init__(teacher)
-        widths = [channels] if isinstance(channels, int) else list(channels)
-        if not widths:
-            raise ValueError("channels: expected at least one level, got an empty list")
+        widths = check_channels(channels, "channels")
         if not isinstance(layer, Layer):
             layer = Layer(layer, levels, select, channel_dim, prefix_tokens, grid)
         self.layer = layer.resolved(teacher, "layer")

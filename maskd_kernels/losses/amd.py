@@ -16,7 +16,7 @@ from maskd_kernels.validation import Levels, as_features, check_number
 class AMDLoss(GenerativeLoss):
     """Adaptive masked distillation: what the teacher attends to is masked, and its channels are reweighted.
 
-    Per level, with ``P`` pixels, ``G`` a 3x3 convolution, ReLU, 3x3 convolution::
+    Per level, with ``P`` pixels, ``G`` a 3x3 convolution, ReLU, 3x3 convolution:
 
         A[n,p]  = P softmax_p(mean_c |T| / temperature)                 attention, mean 1
         keep    = A < threshold                                         (mask_salient=False: A >= threshold)
@@ -96,7 +96,7 @@ class AMDLoss(GenerativeLoss):
     def attention(self, preds_T: Tensor) -> Tensor:
         """The teacher's spatial attention ``[N, H, W]``, with mean 1, of features ``[N, C, H, W]``."""
         (teacher,) = as_features(preds_T, "preds_T", 1)
-        return self._attention(functional.attention_stats(teacher)[0])  # type: ignore[arg-type]
+        return self._attention(functional.attention_stats(teacher)[0])
 
     def keep(self, attention: Tensor) -> Tensor:
         """Which pixels of an attention map are kept, bool of its shape; the others are to be reconstructed."""
@@ -126,8 +126,8 @@ class AMDLoss(GenerativeLoss):
         if self.channel_modules is not None:
             if self.channel_source == "student":
                 _, mean = functional.attention_stats(aligned)
-            scale = self._channel_scale(list(mean))
-        return self._compared(self._generated(list(masked)), teacher, self.alpha_amd, scale)
+            scale = self._channel_scale(mean)
+        return self._compared(self._generated(masked), teacher, self.alpha_amd, scale)
 
     def _channel_scale(self, mean: list[Tensor]) -> list[Tensor]:
         assert self.channel_modules is not None

@@ -1,23 +1,38 @@
-"""Receptive tokens in the authors' checkpoint formats."""
+"""Receptive tokens in the authors' checkpoint formats, and in those of this package's losses.
+
+========================  ==========================================================================================
+``detection``             the authors' detection code and ``TokenTrainer.save``: ``mask_modules.{level}.mask_token`` and
+                          ``.prob.*``, nested under ``state_dict``
+``segmentation``          the authors' segmentation code: one level, ``mask_token`` alone
+``loss``                  ``MasKDLoss.state_dict()``: ``mask_modules.*`` and the warm-up counter ``_iter``
+``segmentation-loss``     ``MasKDSegLoss.state_dict()``: ``mask_module.mask_token``
+========================  ==========================================================================================
+"""
 
 from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+FORMATS = ("detection", "segmentation", "loss", "segmentation-loss")
+_PARAMETER = re.compile(r"(.*\.|)(mask_token|prob\.[02]\.(?:weight|bias))$")  # of a module, whose name comes first
+_LEVEL = re.compile(r"(?:^|\.)mask_modules\.(\d+)\.$")
+
 Source = str | os.PathLike[str] | Mapping[str, Any]
 
 
-def read_state(source: Source) -> dict[str, Tensor]:
+def read_state(source: Source, argument: str = "pretrained") -> dict[str, Tensor]:
     """The parameters in a checkpoint: plain, or nested under ``state_dict``. Nothing in it is executed.
 
     Args:
         source: a file's path, or a checkpoint already loaded.
+        argument: what messages call it.
 
     Raises:
         FileNotFoundError: no such file.
@@ -31,18 +46,18 @@ def read_state(source: Source) -> dict[str, Tensor]:
         try:
             checkpoint = torch.load(name, map_location="cpu", weights_only=True)
         except FileNotFoundError:
-            raise FileNotFoundError(f"pretrained: no such file: {name}") from None
+            raise FileNotFoundError(f"{argument}: no such file: {name}") from None
         except IsADirectoryError:
-            raise IsADirectoryError(f"pretrained: expected a checkpoint file, got a folder: {name}") from None
+            raise IsADirectoryError(f"{argument}: expected a checkpoint file, got a folder: {name}") from None
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
             raise ValueError(
-                f"pretrained: {name} cannot be read as a checkpoint of tensors alone (weights_only=True): {error}"
+                f"{argument}: {name} cannot be read as a checkpoint of tensors alone (weights_only=True): {error}"
             ) from error
     if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get("state_dict"), Mapping):
         checkpoint = checkpoint["state_dict"]
     if not isinstance(checkpoint, Mapping):
         raise ValueError(
-            f"pretrained: expected a mapping of names to tensors in {name}, got {type(checkpoint).__name__}"
+            f"{argument}: expected a mapping of names to tensors in {name}, got {type(checkpoint).__name__}"
         )
     return {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
 
@@ -93,3 +108,80 @@ def load_tokens(module: nn.Module, source: Source, *, attribute: str) -> None:
                 f"pretrained: {key}: expected {list(value.shape)}, got {list(found[key].shape)} in {where}"
             )
     getattr(module, attribute).load_state_dict({k[len(attribute) + 1 :]: v for k, v in found.items()}, strict=True)
+
+
+def read_tokens(source: Source) -> list[dict[str, Tensor]]:
+    """The parameters of each level in a checkpoint of any of ``FORMATS``, whatever precedes them in its names.
+
+    Returns:
+        Per level ``mask_token`` ``[K, C]``, and where masks are weighted ``prob.0.weight`` ``[C, C, 3, 3]``,
+        ``prob.0.bias`` ``[C]``, ``prob.2.weight`` ``[K, C, 1, 1]`` and ``prob.2.bias`` ``[K]``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        IsADirectoryError: a folder.
+        ValueError: a file that holds no tokens, several of one level, or parameters that do not fit each other.
+    """
+    where = "the given mapping" if isinstance(source, Mapping) else os.fspath(source)
+    state = read_state(source, "tokens")
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        match = _PARAMETER.match(key)
+        if match is not None:
+            modules.setdefault(match[1], {})[match[2]] = value
+    tokens: dict[int, dict[str, Tensor]] = {}
+    for name, module in modules.items():
+        numbered = _LEVEL.search(name)
+        number = int(numbered[1]) if numbered else 0
+        if "mask_token" in module and number in tokens:
+            raise ValueError(f"tokens: {where} holds several tokens of level {number}, {name}mask_token among them")
+        if "mask_token" in module:
+            tokens[number] = module
+    if not tokens:
+        some = ", ".join(list(state)[:3]) or "nothing"
+        raise ValueError(f"tokens: no receptive tokens (mask_token) in {where}, which holds {some}")
+    if sorted(tokens) != list(range(len(tokens))):
+        raise ValueError(f"tokens: expected levels from 0 on in {where}, got {', '.join(map(str, sorted(tokens)))}")
+    levels = [tokens[number] for number in range(len(tokens))]
+    for number, level in enumerate(levels):
+        _check_level(level, f"tokens: level {number} of {where}")
+    return levels
+
+
+def _check_level(level: Mapping[str, Tensor], where: str) -> None:
+    if level["mask_token"].dim() != 2 or not level["mask_token"].is_floating_point():
+        raise ValueError(f"{where}: expected mask_token [K, C], floating, got {list(level['mask_token'].shape)}")
+    k, c = level["mask_token"].shape
+    weighting = {
+        "prob.0.weight": [c, c, 3, 3],
+        "prob.0.bias": [c],
+        "prob.2.weight": [k, c, 1, 1],
+        "prob.2.bias": [k],
+    }
+    for key, shape in weighting.items() if len(level) > 1 else ():
+        if key not in level:
+            raise ValueError(f"{where}: {key} is missing beside {', '.join(sorted(level))}")
+        if list(level[key].shape) != shape:
+            got = list(level[key].shape)
+            raise ValueError(f"{where}: {key}: expected {shape} for {k} tokens of {c} channels, got {got}")
+
+
+def as_checkpoint(levels: list[dict[str, Tensor]], form: str) -> dict[str, Any]:
+    """What ``torch.save`` writes for levels of ``read_tokens``, in one of ``FORMATS``.
+
+    Raises:
+        ValueError: no such format; several levels or a weighting in a format that has no place for it.
+    """
+    if form not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {form!r}")
+    if form in ("segmentation", "segmentation-loss"):
+        if len(levels) != 1:
+            raise ValueError(f"format: {form} holds one level, got {len(levels)}")
+        if len(levels[0]) > 1:
+            raise ValueError(f"format: {form} has no weighting of masks, these tokens were learned with one")
+        prefix = "mask_module." if form == "segmentation-loss" else ""
+        return {prefix + "mask_token": levels[0]["mask_token"]}
+    state = {f"mask_modules.{number}.{key}": x for number, level in enumerate(levels) for key, x in level.items()}
+    if form == "loss":
+        return {**state, "_iter": torch.zeros((), dtype=torch.int64)}
+    return {"state_dict": state}

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from maskd_kernels import functional
-from maskd_kernels.functional import Levels, MaskWeighting
 from maskd_kernels.losses.checkpoints import Source, load_tokens
-from maskd_kernels.validation import check_channels, check_count, check_number
+from maskd_kernels.mask_weighting import MaskWeighting
+from maskd_kernels.validation import Levels, check_channels, check_count, check_number
 
 
 class MaskModule(nn.Module):
@@ -196,7 +196,6 @@ class MasKDLoss(nn.Module):
             weighting=[m.weighting for m in modules] if self.weight_mask else None,
             customize=customize,
         )
-        assert isinstance(loss, Tensor)
         return self.loss_weight * loss
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -260,7 +259,6 @@ class MasKDSegLoss(nn.Module):
         """
         _warn_of_random_tokens(self, [self.mask_module])
         loss = functional.maskd_loss(y_s, y_t, self.mask_module.mask_token, eps=1e-5)
-        assert isinstance(loss, Tensor)
         return self.loss_weight * loss
 
     def extra_repr(self) -> str:

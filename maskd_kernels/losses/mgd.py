@@ -18,7 +18,6 @@ from maskd_kernels.validation import Levels, as_levels, check_number, check_scal
 # From here on the first convolution is computed from the kept pixels alone (bench: masked_conv).
 LEAST_MASKED, LEAST_CHANNELS, LEAST_PIXELS = 0.4, 128, 1024
 
-# The released configurations (yzd-v/MGD at 2c9da0b), as keyword arguments of MGDLoss.
 MGD_PRESETS: Mapping[str, dict[str, Any]] = MappingProxyType(
     {
         # RetinaNet, RepPoints, SOLO
@@ -31,6 +30,7 @@ MGD_PRESETS: Mapping[str, dict[str, Any]] = MappingProxyType(
         "classification": {"alpha_mgd": 7e-5, "lambda_mgd": 0.15, "mask_on_channel": True},
     }
 )
+"""The authors' released configurations (yzd-v/MGD at 2c9da0b), as keyword arguments of ``MGDLoss``."""
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -48,9 +48,11 @@ def _empty(x: Sequence[Tensor], pooled: bool = False) -> tuple[list[Tensor], lis
     return attention, [empty(level, *level.shape[:2]) for level in x]
 
 
-@torch.library.register_fake(_NAME)
 def _fake(x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return _empty(x)
+
+
+torch.library.register_fake(_NAME, _fake)
 
 
 def _forward(x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -76,9 +78,11 @@ def _forward(x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return attention, mean
 
 
-@torch.library.register_fake(_BACKWARD_NAME)
 def _backward_fake(x: list[Tensor], grad_attention: list[Tensor], grad_mean: list[Tensor]) -> list[Tensor]:
     return layout.empty_like(x)
+
+
+torch.library.register_fake(_BACKWARD_NAME, _backward_fake)
 
 
 def _backward(x: list[Tensor], grad_attention: list[Tensor], grad_mean: list[Tensor]) -> list[Tensor]:

@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 
 from maskd_kernels import native
+from maskd_kernels.reference import compute_dtype
 
 
 def as_dense(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Contiguous and of this dtype; the tensor itself where it is, as even calls that change nothing take time."""
     x = x if x.dtype == dtype else x.to(dtype)
     return x if x.is_contiguous() else x.contiguous()
+
+
+def as_factors(x: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """Small factors as the operators take them: dense, in the compute dtype of the features that they belong to."""
+    return [as_dense(factor, compute_dtype(level.dtype)) for factor, level in zip(x, like, strict=True)]
 
 
 class Feature(NamedTuple):

@@ -30,7 +30,7 @@ from maskd_kernels import backends, native
 from maskd_kernels.ops import layout
 from maskd_kernels.ops import receptive_stats as stats_op
 from maskd_kernels.ops.registration import as_saved, is_eager, is_followed, is_plain
-from maskd_kernels.reference import compute_dtype
+from maskd_kernels.reference import ReceptiveStats, compute_dtype
 
 
 @dataclasses.dataclass
@@ -74,6 +74,7 @@ class Plan:
     share: tuple[int, int, int]  # [L, N, K]
     gradients: list[tuple[torch.Size, torch.dtype, tuple[int, ...]]]  # shape, dtype and strides of each
     levels: list[Any]  # as the native kernel takes them, without addresses; none for another backend
+    key: Any  # for the Triton launchers to recall; None where the plan is for one call
 
 
 _KEPT_PLANS = 1024  # images come in many sizes
@@ -122,7 +123,7 @@ def prepare(call: Any, given: Inputs, computable: Inputs, asked: str) -> tuple[P
     dtype = compute_dtype(teacher[0].dtype)
     backend = backends.resolve(teacher[0].device, dtype, asked)
     weighting = [[layout.as_dense(w, dtype) for w in level] for level in weighting]
-    gradients, levels = [], []
+    levels = []
     if backend == "native":
         tokens = [layout.as_dense(e, dtype) for e in tokens]
         views = [layout.dense_view(s) for s in student]
@@ -130,13 +131,16 @@ def prepare(call: Any, given: Inputs, computable: Inputs, asked: str) -> tuple[P
         teacher = [
             layout.with_layout(layout.dense_view(t), s.interleaved).tensor for t, s in zip(teacher, views, strict=True)
         ]
-        written = stats_op.empty_gradients(teacher, tokens, student, (False, False, True))
-        gradients = [(g.shape, g.dtype, g.stride()) for g in written[2]]
+    written = stats_op.empty_gradients(teacher, tokens, student, (False, False, True))
+    gradients = [(g.shape, g.dtype, g.stride()) for g in written[2]]
+    if backend == "native":
         levels = stats_op.native_levels(teacher, tokens, student, written)[0]
     n, k, pixels = teacher[0].shape[0], tokens[0].shape[0], sum(math.prod(t.shape[2:]) for t in teacher)
-    plan = Plan(backend, dtype, (n, k, pixels), (len(teacher), n, k), gradients, levels)
     taken = Inputs(teacher, tokens, student, weighting)
-    if call is not None and all(a is b for a, b in zip(given.tensors(), taken.tensors(), strict=True)):
+    kept = call is not None and all(a is b for a, b in zip(given.tensors(), taken.tensors(), strict=True))
+    masks, share = (n, k, pixels), (len(teacher), n, k)
+    plan = Plan(backend, dtype, masks, share, gradients, levels, object() if kept else None)
+    if kept:
         with _changing_plans:
             while len(_plans) >= _KEPT_PLANS:
                 del _plans[next(iter(_plans))]  # the oldest
@@ -153,7 +157,8 @@ def maskd_loss(plan: Plan, inputs: Inputs, customize: bool | Tensor, eps: float)
         customize: whether masks are multiplied by the student's own; also a 0-dim bool on the features' device.
         eps: added to each mask's mass.
     """
-    loss: Tensor = _FrozenLoss.apply(plan, inputs, (customize, eps), torch.is_grad_enabled(), *inputs.student)
+    apply: Any = _FrozenLoss.apply
+    loss: Tensor = apply(plan, inputs, (customize, eps), torch.is_grad_enabled(), *inputs.student)
     return loss
 
 
@@ -187,17 +192,31 @@ def _native(
     return loss, masks, share
 
 
-def _triton(inputs: Inputs, settings: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _triton(plan: Plan, inputs: Inputs, settings: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, masks and shares, as of the native kernel."""
     from maskd_kernels.triton import maskd_loss as kernels
 
     teacher, tokens, student, weighting = inputs
     customize, eps = settings
-    stats = stats_op.forward(
-        teacher, tokens, student, stats_op.as_flag(customize, teacher[0].device), len(weighting) > 0
-    )
-    share, loss = kernels.shares(stats, teacher, weighting, eps)
+    flag = stats_op.as_flag(customize, teacher[0].device)
+    stats = stats_op.triton_forward(teacher, tokens, student, flag, len(weighting) > 0, plan.key)
+    share, loss = kernels.shares(stats, teacher, weighting, eps, known=plan.key)
     return loss.sum(), stats.masks, share
+
+
+def _triton_backward(
+    plan: Plan, teacher: Sequence[Tensor], tokens: Sequence[Tensor], student: Sequence[Tensor], *of_masks: Tensor
+) -> list[Tensor]:
+    """The student's gradients, of the masks and of the gradient of each mask's error."""
+    masks, grad_error = of_masks
+    none = masks.new_empty(0)
+    saved = ReceptiveStats(masks, none, none, none, none, none, none)
+    grad = [None, None, None, None, grad_error, None, None]
+    results = [
+        x.new_empty_strided(shape, stride) for x, (shape, _, stride) in zip(student, plan.gradients, strict=True)
+    ]
+    stats_op.triton_backward(teacher, tokens, student, saved, grad, ([], [], results), plan.key)
+    return results
 
 
 class _FrozenLoss(torch.autograd.Function):
@@ -214,9 +233,8 @@ class _FrozenLoss(torch.autograd.Function):
                 ctx.gradients = [native.empty(*g) for g in plan.gradients]
             loss, masks, share = _native(plan, inputs, settings, ctx.gradients, ctx.expected)
         else:
-            with backends.running(plan.backend):
-                loss, masks, share = _triton(inputs, settings)
-        ctx.count, ctx.backend = len(teacher), plan.backend
+            loss, masks, share = _triton(plan, inputs, settings)
+        ctx.count, ctx.plan = len(teacher), plan
         ctx.save_for_backward(*map(as_saved, chain(teacher, tokens, student)), masks, share)
         return loss
 
@@ -231,12 +249,15 @@ class _FrozenLoss(torch.autograd.Function):
             gradients = gradients if value == ctx.expected else []
         if not gradients or through:
             *tensors, masks, share = ctx.saved_tensors
-            none = masks.new_empty(0)
             teacher, tokens, student = (tensors[i * ctx.count : (i + 1) * ctx.count] for i in range(3))
+            if ctx.plan.backend == "triton" and not through and is_plain([grad]):
+                gradients = _triton_backward(ctx.plan, teacher, tokens, student, masks, share * grad)
+                return (None, None, None, None, *gradients)
+            none = masks.new_empty(0)
             saved = [masks, none, none, none, none, none, none]
             upstream = [none, none, none, none, share * grad, none, none]
             # Masks and shares do not depend on the student, or are taken not to: constants of any derivative.
             run = stats_op.reference_backward if through else torch.ops.maskd_kernels.receptive_stats_backward
-            with backends.running(ctx.backend):
+            with backends.running(ctx.plan.backend):
                 gradients = run(teacher, tokens, student, saved, upstream, [False, False, True])
         return (None, None, None, None, *gradients)

@@ -54,9 +54,11 @@ def _channels_last(x: Tensor, channels: int, pooled: bool = False) -> Tensor:
     return native.empty(shape, x.dtype, stride) if pooled else x.new_empty_strided(shape, stride)
 
 
-@torch.library.register_fake(_NAME)
 def _fake(x: Tensor, keep: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _channels_last(x, weight.shape[0])
+
+
+torch.library.register_fake(_NAME, _fake)
 
 
 def _reference(x: Tensor, keep: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -94,7 +96,6 @@ def _forward(x: Tensor, keep: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-@torch.library.register_fake(_BACKWARD_NAME)
 def _backward_fake(
     x: Tensor, keep: Tensor, weight: Tensor, grad: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,6 +104,9 @@ def _backward_fake(
         weight.new_empty(weight.shape if needs[1] else 0),
         weight.new_empty(weight.shape[0] if needs[2] else 0),
     )
+
+
+torch.library.register_fake(_BACKWARD_NAME, _backward_fake)
 
 
 def _backward(

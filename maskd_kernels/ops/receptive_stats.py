@@ -92,11 +92,13 @@ def _empty_stats(
     )
 
 
-@torch.library.register_fake(_NAME)
 def _fake(
     teacher: list[Tensor], tokens: list[Tensor], student: list[Tensor], customize: Tensor | None, sums: bool
 ) -> tuple[Tensor, ...]:
     return tuple(_empty_stats(teacher, tokens, student, customize is not None, sums))
+
+
+torch.library.register_fake(_NAME, _fake)
 
 
 def forward(
@@ -111,13 +113,10 @@ def forward(
     if backend == "reference":
         with full_precision(teacher[0]):
             return reference.receptive_stats(teacher, tokens, student, customize, sums)
-    out = _empty_stats(teacher, tokens, student, customize is not None, sums, pooled=backend == "native")
-    if backend == "native":
-        _native_forward(teacher, tokens, student, customize, out)
-    else:
-        from maskd_kernels.triton import receptive_stats as kernels
-
-        kernels.forward(teacher, tokens, student, customize, out)
+    if backend == "triton":
+        return triton_forward(teacher, tokens, student, customize, sums)
+    out = _empty_stats(teacher, tokens, student, customize is not None, sums, pooled=True)
+    _native_forward(teacher, tokens, student, customize, out)
     return out
 
 
@@ -147,7 +146,6 @@ def empty_gradients(
     )
 
 
-@torch.library.register_fake(_BACKWARD_NAME)
 def _backward_fake(
     teacher: list[Tensor],
     tokens: list[Tensor],
@@ -158,6 +156,9 @@ def _backward_fake(
 ) -> list[Tensor]:
     grad_teacher, grad_tokens, grad_student = empty_gradients(teacher, tokens, student, needs)
     return grad_teacher + grad_tokens + grad_student
+
+
+torch.library.register_fake(_BACKWARD_NAME, _backward_fake)
 
 
 def reference_backward(
@@ -190,12 +191,8 @@ def _backward(
         return list(chain(*results))
     stats = ReceptiveStats(*saved)
     upstream = [g.contiguous() if g.numel() else None for g in grad]
-    if backend == "native":
-        _native_backward(teacher, tokens, student, stats, upstream, results)
-    else:
-        from maskd_kernels.triton import receptive_stats as kernels
-
-        kernels.backward(teacher, tokens, student, stats, upstream, results)
+    run = _native_backward if backend == "native" else triton_backward
+    run(teacher, tokens, student, stats, upstream, results)
     return list(chain(*results))
 
 
@@ -222,6 +219,42 @@ def _autograd(call: Backward, *grad: Tensor | None) -> tuple[Any, ...]:
 
 
 _operator = Operator("receptive_stats", _forward, _backward, reference.receptive_stats, _autograd, _keep)
+
+
+# ---- The Triton kernels ------------------------------------------------------------------------
+
+# ``known`` of both: something hashable that decides shapes, strides and dtypes of all tensors; or None.
+
+
+def triton_forward(
+    teacher: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    student: Sequence[Tensor],
+    customize: Tensor | None,
+    sums: bool,
+    known: Any = None,
+) -> ReceptiveStats:
+    """What ``forward`` returns."""
+    from maskd_kernels.triton import receptive_stats as kernels
+
+    out = _empty_stats(teacher, tokens, student, customize is not None, sums)
+    kernels.forward(teacher, tokens, student, customize, out, known=known)
+    return out
+
+
+def triton_backward(
+    teacher: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    student: Sequence[Tensor],
+    saved: ReceptiveStats,
+    grad: Sequence[Tensor | None],
+    results: tuple[list[Tensor], list[Tensor], list[Tensor]],
+    known: Any = None,
+) -> None:
+    """Fills the gradients that are there."""
+    from maskd_kernels.triton import receptive_stats as kernels
+
+    kernels.backward(teacher, tokens, student, saved, grad, results, known=known)
 
 
 # ---- The native kernels ------------------------------------------------------------------------

@@ -38,9 +38,11 @@ def scale_pixels(x: Sequence[Tensor], scale: Sequence[Tensor]) -> list[Tensor]:
     return list(_operator(x, scale))
 
 
-@torch.library.register_fake(_NAME)
 def _fake(x: list[Tensor], scale: list[Tensor]) -> list[Tensor]:
     return layout.empty_like(x)
+
+
+torch.library.register_fake(_NAME, _fake)
 
 
 def _forward(x: list[Tensor], scale: list[Tensor]) -> list[Tensor]:
@@ -71,9 +73,11 @@ def _empty_gradients(
     return layout.empty_like(x, pooled) if needs[0] else [], [torch.empty_like(s) for s in scale] if needs[1] else []
 
 
-@torch.library.register_fake(_BACKWARD_NAME)
 def _backward_fake(x: list[Tensor], scale: list[Tensor], grad: list[Tensor], needs: list[bool]) -> list[Tensor]:
     return list(chain(*_empty_gradients(x, scale, needs)))
+
+
+torch.library.register_fake(_BACKWARD_NAME, _backward_fake)
 
 
 def _backward(x: list[Tensor], scale: list[Tensor], grad: list[Tensor], needs: list[bool]) -> list[Tensor]:

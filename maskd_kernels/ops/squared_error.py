@@ -46,9 +46,11 @@ def _empty(pred: Sequence[Tensor]) -> Tensor:
     return pred[0].new_empty(len(pred), pred[0].shape[0], dtype=compute_dtype(pred[0].dtype))
 
 
-@torch.library.register_fake(_NAME)
 def _fake(pred: list[Tensor], target: list[Tensor], scale: list[Tensor]) -> Tensor:
     return _empty(pred)
+
+
+torch.library.register_fake(_NAME, _fake)
 
 
 def _forward(pred: list[Tensor], target: list[Tensor], scale: list[Tensor]) -> Tensor:
@@ -92,11 +94,13 @@ def _empty_gradients(
     )
 
 
-@torch.library.register_fake(_BACKWARD_NAME)
 def _backward_fake(
     pred: list[Tensor], target: list[Tensor], scale: list[Tensor], grad: Tensor, needs: list[bool]
 ) -> list[Tensor]:
     return list(chain(*_empty_gradients(pred, target, scale, needs)))
+
+
+torch.library.register_fake(_BACKWARD_NAME, _backward_fake)
 
 
 def _backward(

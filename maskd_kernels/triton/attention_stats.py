@@ -16,7 +16,6 @@ from maskd_kernels.ops import layout
 from maskd_kernels.triton.common import (
     as_levels,
     new_partials,
-    on_its_device,
     partial_row,
     pick,
     pointers,
@@ -24,6 +23,7 @@ from maskd_kernels.triton.common import (
     runs,
     strides_of,
 )
+from maskd_kernels.triton.launch import launch, recalled
 from maskd_kernels.triton.streams import (
     STREAM_PIXELS,
     STREAM_WARPS,
@@ -158,7 +158,7 @@ def backward_kernel(
 # ---- Launchers ---------------------------------------------------------------------------------
 
 
-@on_its_device
+@recalled
 def forward(x: Sequence[Tensor], attention: Sequence[Tensor], mean: Sequence[Tensor]) -> None:
     maps, n = [(layout.dense_view(level),) for level in x], x[0].shape[0]
     for run, run_maps in runs(maps):
@@ -166,7 +166,9 @@ def forward(x: Sequence[Tensor], attention: Sequence[Tensor], mean: Sequence[Ten
         row_size = max(levels.channels)
         partials = new_partials(levels, n, row_size, x[0])
         if partials.numel():
-            forward_kernel[sum(levels.tiles), n](
+            launch(
+                forward_kernel,
+                (sum(levels.tiles), n),
                 pointers(own),
                 tuple(attention[run]),
                 partials,
@@ -180,7 +182,7 @@ def forward(x: Sequence[Tensor], attention: Sequence[Tensor], mean: Sequence[Ten
         reduce_tiles(partials, mean[run], levels, levels.channels, n)
 
 
-@on_its_device
+@recalled
 def backward(
     x: Sequence[Tensor],
     grad_attention: Sequence[Tensor],
@@ -191,7 +193,9 @@ def backward(
     for run, run_maps in runs(maps):
         levels, own = as_levels(run_maps, STREAM_PIXELS), [level[0] for level in run_maps]
         if n and sum(levels.tiles):
-            backward_kernel[sum(levels.tiles), n](
+            launch(
+                backward_kernel,
+                (sum(levels.tiles), n),
                 pointers(own),
                 tuple(grad_attention[run]),
                 tuple(grad_mean[run]),

@@ -6,11 +6,10 @@ passed as a tuple with one entry per level, of which ``pick`` and ``integer`` ta
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maskd_kernels.ops.layout import Feature
+from maskd_kernels.triton.launch import empty, launch
 
 # Channels and pixels per step, and warps, of kernels that only stream: 128 bits of a tile or more for each thread.
 STREAM_C, STREAM_P, STREAM_WARPS = 16, 128, 4
@@ -99,6 +99,12 @@ def aligned(value, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def condition(value):
+    """A scalar that may be joined with masks: of a bare comparison, Triton 3.9's interpreter makes integers there."""
+    return tl.full([], 1, tl.int1) & value
+
+
+@triton.jit
 def feature_offsets(n, c, p, stride_n, stride, INTERLEAVED: tl.constexpr):
     """[BLOCK_C, BLOCK_P] offsets into a feature; ``stride`` is that of the axis that is not dense."""
     if INTERLEAVED:
@@ -134,17 +140,6 @@ def reduce_kernel(
 # ---- Launchers ---------------------------------------------------------------------------------
 
 
-def on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """Has the launches go to the device of the first argument's first tensor, whichever device is the current one."""
-
-    @functools.wraps(launcher)
-    def launch(tensors: Sequence[Tensor], *arguments: Any) -> Any:
-        with torch.cuda.device_of(tensors[0]):
-            return launcher(tensors, *arguments)
-
-    return launch
-
-
 Maps = Sequence[tuple[Feature, ...]]  # of each level
 
 
@@ -160,6 +155,11 @@ def runs(maps: Maps) -> Iterator[tuple[slice, Maps]]:
         run = list(group)
         yield slice(start, start + len(run)), run
         start += len(run)
+
+
+def of_run(x: Tensor, run: slice) -> Tensor:  # [L, ...]
+    """The rows of a run of levels; the tensor itself where these are all, which a ``recalled`` launcher knows."""
+    return x if run.stop - run.start == len(x) else x[run]
 
 
 def as_levels(maps: Maps, block: int) -> Levels:
@@ -202,7 +202,7 @@ def pointers(maps: Sequence[Feature]) -> tuple[Tensor, ...]:
 
 def new_partials(levels: Levels, images: int, row_size: int, like: Tensor) -> Tensor:
     """Memory for one row of partial sums per tile and image."""
-    return like.new_empty(images * sum(levels.tiles), row_size, dtype=torch.float32)
+    return empty(like, images * sum(levels.tiles), row_size, dtype=torch.float32)
 
 
 def reduce_shape(width: int) -> tuple[int, int]:
@@ -219,7 +219,9 @@ def reduce_tiles(
     grid = (triton.cdiv(max(widths), block), images if per_image else 1, len(out))
     if 0 in grid:
         return
-    reduce_kernel[grid](
+    launch(
+        reduce_kernel,
+        grid,
         partials,
         tuple(out),
         levels.encoded(),

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from maskd_kernels.reference import TAPS, ReceptiveStats, least_mass
-from maskd_kernels.triton.common import aligned, channel_alignment, encode, integer, offsets, on_its_device, pick
+from maskd_kernels.triton.common import aligned, channel_alignment, encode, integer, offsets, pick
+from maskd_kernels.triton.launch import empty, launch, recalled
 from maskd_kernels.triton.receptive_stats import PRECISION, pad_tokens
 
 BLOCK_N = 16  # images
@@ -117,17 +118,19 @@ def share_kernel(
 # ---- Launchers ---------------------------------------------------------------------------------
 
 
-@on_its_device
+@recalled
 def shares(
     stats: ReceptiveStats, teacher: Sequence[Tensor], weighting: Sequence[Sequence[Tensor]], eps: float
 ) -> tuple[Tensor, Tensor]:
     """Each mask's share of the loss ``[L, N, K]``, and the loss of each level and image ``[L, N]``."""
     levels, n, k = stats.mass.shape
-    share, loss = torch.empty_like(stats.mass), stats.mass.new_empty(levels, n)
+    share, loss = empty(stats.mass, levels, n, k), empty(stats.mass, levels, n)
     channels = tuple(t.shape[1] for t in teacher)
-    logits = _logits(stats, teacher, weighting) if weighting else stats.mass.new_empty(levels, 0, n, k)
+    logits = _logits(stats, teacher, weighting) if weighting else empty(stats.mass, levels, 0, n, k)
     if n:
-        share_kernel[n, levels](
+        launch(
+            share_kernel,
+            (n, levels),
             stats.mass,
             stats.error,
             logits,
@@ -151,10 +154,12 @@ def _logits(stats: ReceptiveStats, teacher: Sequence[Tensor], weighting: Sequenc
     levels, n, k = stats.mass.shape
     channels = tuple(t.shape[1] for t in teacher)
     blocks = triton.cdiv(TAPS * max(channels), BLOCK_J)
-    logits = stats.mass.new_empty(levels, blocks, n, k)
+    logits = empty(stats.mass, levels, blocks, n, k)
     conv_weight, conv_bias, projection_weight, projection_bias = zip(*weighting, strict=True)
     if n:
-        weighting_kernel[blocks, levels](
+        launch(
+            weighting_kernel,
+            (blocks, levels),
             conv_weight,
             conv_bias,
             projection_weight,

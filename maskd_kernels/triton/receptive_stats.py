@@ -28,14 +28,15 @@ from maskd_kernels.triton.common import (
     Maps,
     aligned,
     as_levels,
+    condition,
     decode,
     encode,
     feature_offsets,
     integer,
     level_of,
     new_partials,
+    of_run,
     offsets,
-    on_its_device,
     partial_row,
     pick,
     pointers,
@@ -44,6 +45,7 @@ from maskd_kernels.triton.common import (
     runs,
     strides_of,
 )
+from maskd_kernels.triton.launch import empty, launch, recalled
 from maskd_kernels.triton.streams import is_wide, read
 
 PRECISION = tl.constexpr("tf32x3")
@@ -659,15 +661,15 @@ def reduce_stats_kernel(
         lines = borders + n * LINES * total_channels + c
         for tap in tl.static_range(9):
             # The tap above the centre misses the last row, the one left of it the last column.
-            MISSED_ROW: tl.constexpr = (1, -1, 0)[tap // 3]
-            MISSED_COLUMN: tl.constexpr = (3, -1, 2)[tap % 3]
+            MISSED_ROW = (1, -1, 0)[tap // 3]
+            MISSED_COLUMN = (3, -1, 2)[tap % 3]
             value = total
             if MISSED_ROW >= 0:
                 value -= tl.load(lines + MISSED_ROW * total_channels, mask=written, other=0.0)
             if MISSED_COLUMN >= 0:
                 value -= tl.load(lines + MISSED_COLUMN * total_channels, mask=written, other=0.0)
             if MISSED_ROW >= 0 and MISSED_COLUMN >= 0:
-                CORNER: tl.constexpr = 4 + 2 * MISSED_ROW + (MISSED_COLUMN - 2)
+                CORNER = 4 + 2 * MISSED_ROW + (MISSED_COLUMN - 2)
                 value += tl.load(lines + CORNER * total_channels, mask=written, other=0.0)
             tl.store(out.sums + (n * 9 + tap) * total_channels + c, value, mask=written)
 
@@ -808,10 +810,10 @@ def on_lines(tile, places, STEP: tl.constexpr):
     """Which of the tile's pixels lie on which line of the image's border, 1 or 0; rows where the tile is narrow."""
     width = integer(places.widths, tile.level)
     p = tile.first + tile.pixel
-    x = p % tl.maximum(width, 1)
-    left, right = ((width > 0) & (x == 0)).to(tl.float32), ((width > 0) & (x == width - 1)).to(tl.float32)
+    x, image = p % tl.maximum(width, 1), condition(width > 0)
+    left, right = (image & (x == 0)).to(tl.float32), (image & (x == width - 1)).to(tl.float32)
     if STEP.NARROW:
-        top, bottom = (p < width).to(tl.float32), ((width > 0) & (p >= tile.pixels - width)).to(tl.float32)
+        top, bottom = (p < width).to(tl.float32), (image & (p >= tile.pixels - width)).to(tl.float32)
         result = (top, bottom, left, right, top * left, top * right, bottom * left, bottom * right)
     else:
         result = (left, right)
@@ -1186,7 +1188,7 @@ def _element_size(maps: Maps) -> int:
 
 def pad_tokens(num_tokens: int) -> int:
     """Rows of the tiles that hold tokens: tl.dot's 16 at least."""
-    return max(16, triton.next_power_of_2(num_tokens))
+    return max(16, int(triton.next_power_of_2(num_tokens)))
 
 
 def _dense(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Maps:
@@ -1212,7 +1214,7 @@ def _places(teacher: Sequence[Tensor], maps: Maps, run: slice, total_pixels: int
     )
 
 
-@on_its_device
+@recalled
 def forward(
     teacher: Sequence[Tensor],
     tokens: Sequence[Tensor],
@@ -1232,11 +1234,13 @@ def forward(
         sums_at = triton.cdiv(2 * k + k * k, 64) * 64
         row_size = sums_at + (channels if wants_sums else 0)
         partials = new_partials(levels, n, row_size, teacher[0])
-        borders = partials.new_empty(n, LINES.value, sum(x.shape[1] for x in teacher) if wants_sums else 0)
+        borders = empty(partials, n, LINES.value, sum(x.shape[1] for x in teacher) if wants_sums else 0)
         places = _places(teacher, maps, run, out.masks.shape[2], row_size)
         lines = LINES.value * len(run_maps) * triton.cdiv(channels, BORDER_C) if wants_sums else 0
         if n and sum(levels.tiles) + lines:
-            forward_kernel[sum(levels.tiles) + lines, n](
+            launch(
+                forward_kernel,
+                (sum(levels.tiles) + lines, n),
                 _features(run_maps, tokens[run]),
                 Results(out.masks, out.teacher_masks, out.distance, borders, partials),
                 out.mass if customize is None else customize,
@@ -1257,10 +1261,17 @@ def forward(
             )
         if n and row_size:
             block, rows = reduce_shape(row_size)
-            reduce_stats_kernel[triton.cdiv(row_size, block), n, len(levels.tiles)](
+            launch(
+                reduce_stats_kernel,
+                (triton.cdiv(row_size, block), n, len(levels.tiles)),
                 partials,
                 borders,
-                Reduced(out.mass[run], out.error[run] if student else out.mass, out.gram[run], out.sums),
+                Reduced(
+                    of_run(out.mass, run),
+                    of_run(out.error, run) if student else out.mass,
+                    of_run(out.gram, run),
+                    out.sums,
+                ),
                 levels.encoded(),
                 places,
                 K=k,
@@ -1272,7 +1283,7 @@ def forward(
             )
 
 
-@on_its_device
+@recalled
 def backward(
     teacher: Sequence[Tensor],
     tokens: Sequence[Tensor],
@@ -1287,16 +1298,17 @@ def backward(
     k, nothing, total_channels = tokens[0].shape[0] if tokens else 0, saved.masks, sum(x.shape[1] for x in teacher)
     wanted = Wanted(bool(grad_teacher), bool(grad_tokens), bool(grad_student))
     logits = k if wanted.teacher or wanted.tokens else 0
-    given = Given(*(x is not None for x in (grad_masks, grad_distance, grad_mass)), False, False, False)._replace(
+    has = Given(*(x is not None for x in (grad_masks, grad_distance, grad_mass)), False, False, False)._replace(
         error=grad_error is not None and len(student) > 0, gram=grad_gram is not None, sums=grad_sums is not None
     )
-    slopes, lines = nothing.new_empty(n, k + 1, nothing.shape[2]) if logits else nothing, nothing
+    slopes, lines = empty(nothing, n, k + 1, nothing.shape[2]) if logits else nothing, nothing
     if grad_sums is not None and wanted.teacher and n:
-        lines = grad_sums.new_empty(n, 1 + LINES.value, total_channels)
-        lines_kernel[triton.cdiv(total_channels, BORDER_C), n](grad_sums, lines, total_channels, BLOCK=BORDER_C)
+        lines = empty(grad_sums, n, 1 + LINES.value, total_channels)
+        grid = triton.cdiv(total_channels, BORDER_C), n
+        launch(lines_kernel, grid, grad_sums, lines, total_channels, BLOCK=BORDER_C)
 
-    def of_run(x: Tensor | None, run: slice) -> Tensor:
-        return nothing if x is None else x[run]
+    def given(x: Tensor | None, run: slice) -> Tensor:
+        return nothing if x is None else of_run(x, run)
 
     for run, run_maps in runs(maps):
         step, narrow = (backward_step(run_maps, logits, narrow) for narrow in (False, True))
@@ -1305,15 +1317,17 @@ def backward(
         partials = new_partials(levels, n, row_size, teacher[0])
         places = _places(teacher, maps, run, saved.masks.shape[2], row_size)
         if n and sum(levels.tiles):
-            backward_kernel[sum(levels.tiles), n](
+            launch(
+                backward_kernel,
+                (sum(levels.tiles), n),
                 _features(run_maps, tokens[run]),
                 Results(saved.masks, saved.teacher_masks, saved.distance, nothing, nothing),
                 Upstream(
                     nothing if grad_masks is None else grad_masks,
                     nothing if grad_distance is None else grad_distance,
-                    of_run(grad_mass, run),
-                    of_run(grad_error, run),
-                    of_run(grad_gram, run),
+                    given(grad_mass, run),
+                    given(grad_error, run),
+                    given(grad_gram, run),
                     lines,
                 ),
                 Gradients(
@@ -1328,7 +1342,7 @@ def backward(
                 K_PAD=8 if k <= 8 else pad_tokens(k),
                 HAS_STUDENT=len(student) > 0,
                 CUSTOMIZE=saved.teacher_masks.numel() > 0,
-                GIVEN=given,
+                GIVEN=has,
                 WANTED=wanted,
                 T_INTERLEAVED=run_maps[0][0].interleaved,
                 STEP=step,

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from maskd_kernels.ops import layout
-from maskd_kernels.triton.common import as_levels, on_its_device, pick, pointers, runs, strides_of
+from maskd_kernels.triton.common import as_levels, pick, pointers, runs, strides_of
+from maskd_kernels.triton.launch import launch, recalled
 from maskd_kernels.triton.streams import (
     STREAM_PIXELS,
     STREAM_WARPS,
@@ -154,13 +155,15 @@ def backward_kernel(
 # ---- Launchers ---------------------------------------------------------------------------------
 
 
-@on_its_device
+@recalled
 def forward(x: Sequence[Tensor], scale: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     maps = [(layout.dense_view(level), layout.dense_view(y)) for level, y in zip(x, out, strict=True)]
     for run, run_maps in runs(maps):
         levels, (a, y) = as_levels(run_maps, STREAM_PIXELS), zip(*run_maps, strict=True)
         if x[0].shape[0] and sum(levels.tiles):
-            forward_kernel[sum(levels.tiles), x[0].shape[0]](
+            launch(
+                forward_kernel,
+                (sum(levels.tiles), x[0].shape[0]),
                 pointers(a),
                 tuple(scale[run]),
                 pointers(y),
@@ -173,7 +176,7 @@ def forward(x: Sequence[Tensor], scale: Sequence[Tensor], out: Sequence[Tensor])
             )
 
 
-@on_its_device
+@recalled
 def backward(
     x: Sequence[Tensor],
     scale: Sequence[Tensor],
@@ -185,7 +188,9 @@ def backward(
     for run, run_maps in runs(maps):
         levels, (a, g, result) = as_levels(run_maps, STREAM_PIXELS), zip(*run_maps, strict=True)
         if x[0].shape[0] and sum(levels.tiles):
-            backward_kernel[sum(levels.tiles), x[0].shape[0]](
+            launch(
+                backward_kernel,
+                (sum(levels.tiles), x[0].shape[0]),
                 Maps(pointers(a), pointers(g), pointers(result)),
                 Maps(strides_of(a), strides_of(g), strides_of(result)),
                 tuple(scale[run]),

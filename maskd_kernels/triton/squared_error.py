@@ -17,7 +17,7 @@ from maskd_kernels.ops import layout
 from maskd_kernels.triton.common import (
     as_levels,
     new_partials,
-    on_its_device,
+    of_run,
     partial_row,
     pick,
     pointers,
@@ -25,6 +25,7 @@ from maskd_kernels.triton.common import (
     runs,
     strides_of,
 )
+from maskd_kernels.triton.launch import launch, recalled, unbind
 from maskd_kernels.triton.streams import (
     STREAM_PIXELS,
     STREAM_WARPS,
@@ -233,7 +234,7 @@ def backward_kernel(
 # ---- Launchers ---------------------------------------------------------------------------------
 
 
-@on_its_device
+@recalled
 def forward(pred: Sequence[Tensor], target: Sequence[Tensor], scale: Sequence[Tensor], out: Tensor) -> None:
     maps, n = [tuple(map(layout.dense_view, level)) for level in zip(pred, target, strict=True)], pred[0].shape[0]
     for run, run_maps in runs(maps):
@@ -241,7 +242,9 @@ def forward(pred: Sequence[Tensor], target: Sequence[Tensor], scale: Sequence[Te
         element_size = max(x[0].tensor.element_size() for x in (p, t))
         partials = new_partials(levels, n, 1, out)
         if partials.numel():
-            forward_kernel[sum(levels.tiles), n](
+            launch(
+                forward_kernel,
+                (sum(levels.tiles), n),
                 pointers(p),
                 pointers(t),
                 tuple(scale[run]) if scale else (partials,) * len(p),
@@ -255,10 +258,10 @@ def forward(pred: Sequence[Tensor], target: Sequence[Tensor], scale: Sequence[Te
                 HAS_SCALE=bool(scale),
                 num_warps=STREAM_WARPS,
             )
-        reduce_tiles(partials, out[run].unbind(), levels, [1] * len(p), n)
+        reduce_tiles(partials, unbind(of_run(out, run)), levels, [1] * len(p), n)
 
 
-@on_its_device
+@recalled
 def backward(
     pred: Sequence[Tensor],
     target: Sequence[Tensor],
@@ -275,11 +278,13 @@ def backward(
         element_size = max(x[0].tensor.element_size() for x in (p, t))
         partials = new_partials(levels, n, row_size, grad)
         if n and sum(levels.tiles):
-            backward_kernel[sum(levels.tiles), n](
+            launch(
+                backward_kernel,
+                (sum(levels.tiles), n),
                 pointers(p),
                 pointers(t),
                 tuple(scale[run]) if scale else (grad,) * len(p),
-                grad[run],
+                of_run(grad, run),
                 Gradients(
                     tuple(grad_pred[run]) if grad_pred else pointers(p),
                     tuple(grad_target[run]) if grad_target else pointers(p),

@@ -1,0 +1,187 @@
+"""Recalled launchers, with kernels that only note what they are given."""
+
+import contextlib
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from maskd_kernels.triton import launch
+
+
+class Kernel:
+    """As much of a Triton kernel as launchers see; ``launched`` has what its compiled self was given."""
+
+    arg_names = ("x", "maps", "partials", "out", "size", "BLOCK")
+
+    def __init__(self, interpreted=False):
+        self.compiled, self.launched = None if interpreted else Compiled(self), []
+
+    def __getitem__(self, grid):
+        def first(*arguments, num_warps, **named):
+            values = dict(zip(self.arg_names, arguments, strict=False)) | named
+            self.launched.append((grid, [values[name] for name in self.arg_names]))
+            return self.compiled
+
+        return first
+
+
+class Compiled:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.kernel.launched.append((grid, list(arguments)))
+
+
+class Recorded:
+    """A launcher of a kernel, and how often it ran."""
+
+    def __init__(self, interpreted=False, shift=lambda x: x):
+        self.kernel, self.runs, self.shift = Kernel(interpreted), 0, shift
+        self.call = launch.recalled(self.launcher)
+
+    def launcher(self, maps, out, scale):
+        self.runs += 1
+        size = maps[0].shape[0]
+        partials = launch.empty(maps[0], 2, size, dtype=torch.float32)
+        rows = launch.unbind(out)
+        launch.launch(
+            self.kernel,
+            (size, 2),
+            self.shift(maps[-1]),
+            (tuple(maps), (rows[1], 7), "same"),
+            partials,
+            out=rows[0],
+            size=size * scale,
+            BLOCK=16,
+            num_warps=4,
+        )
+        return partials, out
+
+
+def tensors(size=3, count=2):
+    return [torch.zeros(size) for _ in range(count)], torch.zeros(2, size)
+
+
+def is_same(a, b):
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype
+
+
+def test_repeats_with_the_tensors_of_the_call():
+    recorded = Recorded()
+    results = []
+    for _ in range(3):
+        maps, out = tensors()
+        partials, returned = recorded.call(maps, out, 5)
+        assert returned is out
+        grid, (x, nested, given, row, size, block) = recorded.kernel.launched[-1]
+        assert grid == ((3, 2) if not results else (3, 2, 1))
+        assert x is maps[1]
+        assert all(a is b for a, b in zip(nested[0], maps, strict=True))
+        assert is_same(nested[1][0], out[1])
+        assert nested[1][1:] == (7,)
+        assert nested[2] == "same"
+        assert given is partials
+        assert partials.shape == (2, 3)
+        assert is_same(row, out[0])
+        assert (size, block) == (15, 16)
+        results.append(partials)
+    assert recorded.runs == 1
+    assert len({x.data_ptr() for x in results}) == 3, "memory of its own for each call"
+
+
+@pytest.mark.parametrize("known", [None, "this"])
+def test_runs_anew_where_alignment_settings_or_sameness_differ(known):
+    recorded = Recorded()
+    (a, b), out = tensors(size=4)
+    shifted = torch.zeros(5)[1:]
+    assert shifted.data_ptr() % 16
+
+    def runs(*arguments):
+        before = recorded.runs
+        recorded.call(*arguments, known=known)
+        return recorded.runs > before
+
+    assert runs([a, b], out, 5)
+    assert not runs([b, a], out, 5)
+    assert runs([a, a], out, 5), "that one tensor is two arguments must not be recalled for two"
+    assert not runs([b, b], out, 5)
+    assert not runs([b, a], out, 5)
+    assert runs([a, shifted], out, 5)
+    assert runs([a, b], out, 6)
+    assert runs([a], out, 5)
+    assert recorded.kernel.launched[-1][1][0] is a
+
+
+def test_runs_anew_where_shapes_strides_or_dtypes_differ():
+    recorded = Recorded()
+    (a, b), out = tensors(size=4)
+    others = [torch.zeros(5), torch.zeros(8)[::2], torch.zeros(4, dtype=torch.float16)]
+    for i, other in enumerate([b, *others, *others]):
+        recorded.call([a, other], out, 5)
+        assert recorded.runs == min(i, len(others)) + 1
+    launch.forget()
+    recorded.call([a, b], out, 5)
+    assert recorded.runs == len(others) + 2
+
+
+def test_what_is_known_is_not_looked_at():
+    recorded = Recorded()
+    for size, known, runs in [(3, "this", 1), (3, "this", 1), (4, "that", 2), (4, "this", 2)]:
+        recorded.call(*tensors(size), 5, known=known)
+        assert recorded.runs == runs
+
+
+@pytest.mark.parametrize("options", [{"interpreted": True}, {"shift": lambda x: x[1:]}], ids=["interpreted", "view"])
+def test_never_recalls_what_it_cannot_repeat(options):
+    recorded = Recorded(**options)
+    for i in range(3):
+        maps, out = tensors()
+        recorded.call(maps, out, 5)
+        assert recorded.runs == i + 1
+        assert is_same(recorded.kernel.launched[-1][1][0], recorded.shift(maps[1]))
+
+
+def test_keeps_no_tensor():
+    recorded = Recorded()
+    (a, b), out = tensors()
+    partials, _ = recorded.call([a, b], out, 5)
+    recorded.call(*tensors(), 5)
+    recorded.kernel.launched.clear()
+    references = [weakref.ref(x) for x in (a, b, out, partials)]
+    del a, b, out, partials, _
+    assert [r() for r in references] == [None] * 4
+
+
+def test_keeps_the_latest_calls(monkeypatch):
+    monkeypatch.setattr(launch, "KEPT", 2)
+    recorded = Recorded()
+    for size, runs in [(3, 1), (4, 2), (5, 3), (4, 3), (5, 3), (3, 4)]:
+        recorded.call(*tensors(size), 5)
+        assert recorded.runs == runs
+
+
+def test_goes_to_the_device_of_the_tensor(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext())
+    for name in ("cpu", "cuda:1", "cuda:0"):
+        with launch.on_device_of(SimpleNamespace(device=torch.device(name))):
+            pass
+    assert entered == [torch.device("cuda:0")]
+
+
+def test_a_launcher_within_another_is_part_of_it():
+    inner = Recorded()
+
+    @launch.recalled
+    def outer(maps, out):
+        return inner.call(maps, out, 5)
+
+    for i in range(2):
+        maps, out = tensors()
+        assert outer(maps, out)[1] is out
+        assert inner.kernel.launched[i][1][0] is maps[1]
+    assert inner.runs == 1
