@@ -1153,7 +1153,7 @@ def backward_step(maps: Maps, logits: int, narrow: bool) -> Step:
     if logits > PIXEL_LOGITS:
         shape = 1, 32, 0, 32 if half else 64, 32 if half else 64
     elif interleaved:
-        shape = 8, 2 if narrow else 4 if logits or not half else 8, 2, 64, 64
+        shape = 8, 2 if narrow else 8 if half else 4, 2, 64, 64
     elif logits:
         shape = (WARPS, 1, 1, 64, 32) if narrow else (4 * WARPS, 2, 2, 64, 64 if half else 32)
     else:
@@ -1348,7 +1348,7 @@ def backward(
                 STEP=step,
                 NARROW_STEP=narrow,
                 num_warps=WARPS,
-                maxnreg=(168 if logits else 128) if step.TOKENS else None,
+                maxnreg=128 if step.TOKENS and not logits else None,
             )
         if grad_tokens:
             reduce_tiles(partials, grad_tokens[run], levels, [k * c for c in levels.channels], n, per_image=False)
