@@ -1298,8 +1298,13 @@ def backward(
     k, nothing, total_channels = tokens[0].shape[0] if tokens else 0, saved.masks, sum(x.shape[1] for x in teacher)
     wanted = Wanted(bool(grad_teacher), bool(grad_tokens), bool(grad_student))
     logits = k if wanted.teacher or wanted.tokens else 0
-    has = Given(*(x is not None for x in (grad_masks, grad_distance, grad_mass)), False, False, False)._replace(
-        error=grad_error is not None and len(student) > 0, gram=grad_gram is not None, sums=grad_sums is not None
+    has = Given(
+        masks=grad_masks is not None,
+        distance=grad_distance is not None,
+        mass=grad_mass is not None,
+        error=grad_error is not None and len(student) > 0,
+        gram=grad_gram is not None,
+        sums=grad_sums is not None,
     )
     slopes, lines = empty(nothing, n, k + 1, nothing.shape[2]) if logits else nothing, nothing
     if grad_sums is not None and wanted.teacher and n:
