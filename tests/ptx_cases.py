@@ -110,7 +110,7 @@ def test_streaming(name, dtype, layout):
     check_operator(name, dtype, layout)
 
 
-ODD = {"one": [(2, 24, 8, 16), (2, 10, 5, 7)]}
+ODD = {"one": [(2, 24, 8, 16), (2, 10, 5, 7)], "even": [(1, 64, 8, 16)]}  # whose channels fill whole steps
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

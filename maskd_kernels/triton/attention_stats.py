@@ -88,7 +88,7 @@ def forward_kernel(
     PIXELS: tl.constexpr,
 ):
     for narrow in tl.static_range(2):
-        if is_wide(levels, PIXELS) != narrow:
+        if is_wide(tl.program_id(0), levels, PIXELS) != narrow:
             forward_level(x, attention, partials, levels, x_strides, row_size, narrow, SHAPE, PIXELS)
 
 
@@ -151,7 +151,7 @@ def backward_kernel(
     PIXELS: tl.constexpr,
 ):
     for narrow in tl.static_range(2):
-        if is_wide(levels, PIXELS) != narrow:
+        if is_wide(tl.program_id(0), levels, PIXELS) != narrow:
             backward_level(x, grad_attention, grad_mean, grad_x, levels, x_strides, narrow, SHAPE, PIXELS)
 
 

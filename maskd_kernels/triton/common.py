@@ -33,7 +33,7 @@ class Levels(NamedTuple):
     tiles: tuple[int, ...]  # of one image
     channels: tuple[int, ...]
     pixels: tuple[int, ...]
-    wide: tuple[int, ...]  # 1 where rows start and end on multiples of 8 elements: the kernels' ``ALIGN``
+    wide: tuple[int, ...]  # 1 where rows start and end on multiples of 8 elements, in memory that begins on 16 bytes
 
     def encoded(self) -> Levels:
         return Levels(*map(encode, self))
@@ -170,7 +170,9 @@ def as_levels(maps: Maps, block: int) -> Levels:
     for level in maps:
         strides = [s for m in level for s in (m.stride[0], m.rest_stride)]
         dense = [m.shape[1 if m.interleaved else 2] for m in level]
-        wide.append(int(math.gcd(WIDE.value, *strides, *dense) == WIDE.value))
+        # Memory too must begin on whole vectors: bfloat16 is read in pairs.
+        begins = all(m.tensor.data_ptr() % 16 == 0 for m in level)
+        wide.append(int(begins and math.gcd(WIDE.value, *strides, *dense) == WIDE.value))
     return Levels(
         first_tile=offsets(tiles),
         tiles=tuple(tiles),

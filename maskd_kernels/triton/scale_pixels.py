@@ -71,7 +71,7 @@ def forward_kernel(
     PIXELS: tl.constexpr,
 ):
     for narrow in tl.static_range(2):
-        if is_wide(levels, PIXELS) != narrow:
+        if is_wide(tl.program_id(0), levels, PIXELS) != narrow:
             forward_level(x, scale, y, levels, x_strides, y_strides, narrow, SHAPE, PIXELS)
 
 
@@ -148,7 +148,7 @@ def backward_kernel(
     WANTED: tl.constexpr,
 ):
     for narrow in tl.static_range(2):
-        if is_wide(levels, PIXELS) != narrow:
+        if is_wide(tl.program_id(0), levels, PIXELS) != narrow:
             backward_level(maps, strides, scale, grad_scale, levels, narrow, SHAPE, PIXELS, GRAD_INTERLEAVED, WANTED)
 
 

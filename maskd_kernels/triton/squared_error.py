@@ -101,7 +101,7 @@ def forward_kernel(
     HAS_SCALE: tl.constexpr,
 ):
     for narrow in tl.static_range(2):
-        if is_wide(levels, PIXELS) != narrow:
+        if is_wide(tl.program_id(0), levels, PIXELS) != narrow:
             forward_level(
                 pred,
                 target,
@@ -211,7 +211,7 @@ def backward_kernel(
     WANTED: tl.constexpr,
 ):
     for narrow in tl.static_range(2):
-        if is_wide(levels, PIXELS) != narrow:
+        if is_wide(tl.program_id(0), levels, PIXELS) != narrow:
             backward_level(
                 pred,
                 target,

@@ -54,9 +54,8 @@ class Plane(NamedTuple):
 
 
 @triton.jit
-def is_wide(levels, PIXELS: tl.constexpr):
-    """Whether this program's rows are whole vectors and all of its pixels are there: 1 or 0."""
-    tile = tl.program_id(0)
+def is_wide(tile, levels, PIXELS: tl.constexpr):
+    """Whether this tile's rows are whole vectors and all of its pixels are there: 1 or 0."""
     level = level_of(tile, levels)
     end = (tile - integer(levels.first_tile, level) + 1) * PIXELS
     return integer(levels.wide, level) & (end <= integer(levels.pixels, level)).to(tl.int32)
