@@ -69,8 +69,9 @@ class Distiller(FrozenTeacher):
             forward ends as soon as every tapped layer has run, without heads and whatever else follows.
 
     How often a layer of the teacher runs is learned in a first, whole forward for each form of inputs (batch size,
-    number of images, flags) and checked in one for each of its first eight image sizes. The teacher runs whole where the end would cut off forward hooks of others, where a tapped
-    layer is inside ``torch.compile`` (a warning says so), and for good once a layer has run more or less often.
+    number of images, flags), and checked in one for each of the first eight image sizes. The teacher runs whole where
+    the end would cut off forward hooks of others, where a tapped layer is inside ``torch.compile`` (a warning says so),
+    and for good once a layer has run more or less often.
 
     Raises:
         ValueError: no layer of that name (the message lists near ones), two taps of one name, no taps; features that

@@ -460,9 +460,9 @@ class _UnderAutocast(nn.Module):
     def __reduce_ex__(self, _protocol: Any) -> Any:
         return _again_under_autocast, (self._plain(), self.half_dtype, self.preparation)
 
-    def _plain(self) -> nn.Module:
-        """The same model of its own class, which knows how to copy itself (an ``fx.GraphModule`` has a way of its own)."""
-        model_class = type(self).__mro__[2]
+    def _plain(self) -> Any:
+        """The same model of its own class, which knows how to copy itself: an ``fx.GraphModule`` has its own way."""
+        model_class: Any = type(self).__mro__[2]
         plain = model_class.__new__(model_class)
         plain.__dict__ = self.__dict__
         return plain
@@ -475,7 +475,7 @@ def _under_autocast(model_class: Any) -> Any:
 
 def _again_under_autocast(model: Any, half_dtype: torch.dtype, preparation: Preparation) -> Any:
     model.half_dtype, model.preparation = half_dtype, preparation
-    model.__class__ = _under_autocast(type(model))
+    model.__class__ = _under_autocast(model.__class__)
     return model
 
 

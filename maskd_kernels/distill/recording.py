@@ -59,9 +59,7 @@ class Recorder:
         self.names = list(dict.fromkeys(names))
         self._records: dict[str, list[tuple[Any, list[_Kept]]]] | None = None  # of the forward under way
         self._copied: set[tuple[str, int]] = set()  # layer, number of the tensor in its output
-        self._learned: set[tuple[bool, bool]] = (
-            set()
-        )  # training, in inference mode: nothing is learned there for others
+        self._learned: set[tuple[bool, bool]] = set()  # training; inference mode, which shows no change of a tensor
         self._learning = False
         self._plans: dict[tuple[bool, Hashable], Plan | None] = {}
         self._sizes: dict[tuple[bool, Hashable], set[Hashable]] = {}  # that a plan has been seen to hold for

@@ -167,8 +167,9 @@ class MGDLoss(GenerativeLoss):
         """Random masks, all levels drawn at once where the features are."""
         shapes = [self._mask_shape(t) for t in teacher]
         sizes = [math.prod(shape[1:]) for shape in shapes]
-        own = {} if generator is None else {"generator": generator}  # torch.compile takes none with sizes that vary
-        uniform = torch.rand(shapes[0][0], sum(sizes), device=teacher[0].device, **own)
+        size, device = (shapes[0][0], sum(sizes)), teacher[0].device
+        # torch.compile takes no generator, nor None for it, with sizes that vary.
+        uniform = torch.rand(size, device=device, generator=generator) if generator else torch.rand(size, device=device)
         keep = uniform >= self.lambda_mgd if self.mask_on_channel else uniform <= 1 - self.lambda_mgd
         return [k.reshape(shape) for k, shape in zip(keep.split(sizes, 1), shapes, strict=True)]
 
