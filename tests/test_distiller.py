@@ -3,6 +3,7 @@
 import copy
 import pickle
 import pickletools
+import warnings
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from helpers import parameters_of_processes
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from maskd_kernels import AMDLoss, Distiller, Layer, MasKDLoss, MGDLoss, Tap, TokenTrainer
 from maskd_kernels.distill.features import tensors_in
@@ -91,7 +93,7 @@ def test_structures(structure):
 
 def test_structures_may_differ():
     _, losses = distiller(Net(4, "tuple"), Net(8, "dict"))(IMAGE)
-    assert losses["neck"].requires_grad
+    assert losses["neck.0"].requires_grad
 
 
 def test_keys_that_were_chosen_may_differ():
@@ -955,3 +957,33 @@ def test_spawned_processes_take_a_distiller():
     queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
     torch.multiprocessing.spawn(distil_a_copy, (d, queue), nprocs=1)
     assert queue.get() == pytest.approx(d(torch.ones(2, 3, 16, 16))[1]["neck"].item())
+
+
+def test_student_features_without_gradient_are_warned_of_once():
+    """A reentrant checkpoint gives none: the loss is a constant, and nothing else would say so."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self, reentrant):
+            super().__init__()
+            self.neck, self.reentrant = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), reentrant
+
+        def forward(self, x):
+            return checkpoint(self.neck, x.requires_grad_(), use_reentrant=self.reentrant)
+
+    def made(reentrant):
+        models = Checkpointed(reentrant), Checkpointed(False)
+        return Distiller(*models, Tap("neck.0", "neck.0", F.mse_loss), example_inputs=IMAGE.clone())
+
+    distiller = made(True)
+    with pytest.warns(UserWarning, match="neck.0: the student's features have no gradient"):
+        distiller(IMAGE.clone())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*have no gradient")
+        distiller(IMAGE.clone())
+        losses = made(False)(IMAGE.clone())[1]
+    assert losses["neck.0"].requires_grad
+
+
+def test_aligns_from_an_iterator_are_for_every_distiller():
+    tap = Tap("neck", "neck", mse, align=(nn.Conv2d(8, 8, 1) for _ in range(1)))
+    assert [len(Distiller(Net(8), Net(8), tap).aligns[0]) for _ in range(2)] == [1, 1]

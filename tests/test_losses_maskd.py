@@ -261,3 +261,16 @@ def test_tokens_of_another_number_of_levels(tmp_path):
     torch.save(MasKDLoss([8] * 3).state_dict(), tmp_path / "tokens.pth")
     with pytest.raises(ValueError, match=r"tokens.pth holds 3 level\(s\), the module has 5"):
         MasKDLoss([8] * 5, pretrained=tmp_path / "tokens.pth")
+
+
+def test_functorch_leaves_the_warm_up_counter():
+    """functorch's transforms let nothing be changed that they did not make."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 8, 5, 5), torch.randn(2, 8, 5, 5)
+    loss = MasKDLoss(8, custom_mask_warmup=1)
+    got = torch.func.grad(lambda x: loss(x, teacher))(student)
+    assert loss._iter == 0
+    student.requires_grad_()
+    (expected,) = torch.autograd.grad(loss(student, teacher), student)
+    torch.testing.assert_close(got, expected)
+    assert loss._iter == 1

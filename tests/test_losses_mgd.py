@@ -158,3 +158,12 @@ def test_bad_features():
         loss_fn(maps(4, 3, 3), maps(6, 3, 3), keep=torch.ones(2, 3, 3, device=DEVICE))
     with pytest.raises(TypeError, match=r"keep: expected a floating dtype or bool, got torch.int64"):
         loss_fn(maps(4, 3, 3), maps(6, 3, 3), keep=torch.ones(2, 1, 3, 3, dtype=torch.int64, device=DEVICE))
+
+
+@pytest.mark.parametrize("on_channel", [False, True])
+def test_compiles_for_sizes_that_vary(on_channel):
+    loss = torch.compile(MGDLoss(8, 8, mask_on_channel=on_channel), fullgraph=True, backend="aot_eager")
+    for n, height, width in ((2, 5, 5), (3, 7, 4)):
+        student = torch.randn(n, 8, height, width, requires_grad=True)
+        loss(student, torch.randn(n, 8, height, width)).backward()
+        assert student.grad.abs().sum() > 0

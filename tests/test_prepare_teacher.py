@@ -417,3 +417,24 @@ def test_bad_input():
     teacher[0].weight.data.fill_(1e5)
     with pytest.raises(ValueError, match=r"float16 cannot hold 0\.weight, whose largest value is 1e\+05"):
         prepare_teacher(teacher, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.float32])
+def test_a_prepared_half_teacher_is_prepared_again(dtype):
+    teacher, x = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))), torch.randn(2, 3, 9, 7)
+    half = prepare_teacher(teacher, dtype=torch.bfloat16)
+    again = prepare_teacher(half, dtype=dtype)
+    assert again(x).dtype == {None: torch.bfloat16}.get(dtype, dtype)
+    assert off(again(x), teacher(x)) < 1e-2
+    assert half(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_prepared_graph_modules_are_copied(dtype, duplicate):
+    """torchvision's ``create_feature_extractor`` makes these."""
+    x = torch.randn(2, 3, 9, 7)
+    traced = torch.fx.symbolic_trace(trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())))
+    prepared = prepare_teacher(traced, dtype=dtype)
+    assert torch.equal(duplicate(prepared)(x), prepared(x))
+    assert prepared(x).dtype == (dtype or torch.float32)

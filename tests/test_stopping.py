@@ -198,7 +198,8 @@ def test_each_form_of_inputs_is_learned_by_itself():
         batch = torch.stack([torch.randn(3, 8, 8)] * count)
         assert_equal(recorder.run(teacher, (batch,), {}, output=False)[1]["stem"], [teacher.stem(x) for x in batch])
     assert not recorder._whole
-    assert recorder.run(teacher, ([torch.randn(3, 16, 20)],), {}, output=False)[0] is None  # sizes are no form
+    for ends in (False, True):  # sizes are no form, but each of the first ones is looked at
+        assert (recorder.run(teacher, ([torch.randn(3, 16, 20)],), {}, output=False)[0] is None) == ends
 
 
 def test_flags_decide_how_often_layers_run():
@@ -579,3 +580,104 @@ def test_threads_with_a_teacher_each():
     for thread in threads:
         thread.join()
     assert results == [[expected[0]] * 5, [expected[1]] * 5]
+
+
+class Windows(nn.Module):
+    """Runs its body once for each window of 8 pixels, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        return [self.head(self.body(window)) for window in x.split(8, -1)]
+
+
+def runs_of(recorder, teacher, width):
+    """Whether it ran whole, and how often its body did, for images of this width."""
+    with torch.no_grad():
+        output, got = recorder.run(teacher, (torch.rand(2, 3, 8, width),), {}, output=False)
+    return output is not None, len(got["body"])
+
+
+def test_sizes_that_decide_how_often_a_layer_runs():
+    """No call loses a window, neither the one that shows it nor those after it."""
+    teacher = Windows().eval()
+    recorder = Recorder(teacher, "teacher", ["body"])
+    assert [runs_of(recorder, teacher, width) for width in (8, 8)] == [(True, 1), (False, 1)]
+    assert [runs_of(recorder, teacher, width) for width in (24, 8, 16)] == [(True, 3), (True, 1), (True, 2)]
+
+
+def test_clips_of_another_length():
+    class Clip(Windows):
+        def forward(self, x):
+            return [self.head(self.body(frame)) for frame in x.unbind(1)]
+
+    teacher = Clip().eval()
+    recorder = Recorder(teacher, "teacher", ["body"])
+    for frames in (1, 1, 4, 2):
+        _, got = recorder.run(teacher, (torch.rand(2, frames, 3, 8, 8),), {}, output=False)
+        assert len(got["body"]) == frames
+
+
+def test_sizes_are_checked_eight_times():
+    teacher = Windows().eval()
+    recorder = Recorder(teacher, "teacher", ["body"])
+    whole = [runs_of(recorder, teacher, width)[0] for width in (1, 2, 3, 4, 5, 6, 7, 8, 1)]
+    assert whole == [True] * 8 + [False]
+    with torch.no_grad():
+        assert recorder.run(teacher, (torch.rand(2, 3, 9, 8),), {}, output=False)[0] is None  # a ninth is trusted
+
+
+def test_threads_that_share_a_teacher():
+    """What one forward records and where it ends is none of the other's business."""
+    teacher, entered, go_on = Net(8).eval(), threading.Event(), threading.Event()
+    recorder = Recorder(teacher, "teacher", ["neck"])
+    images = torch.rand(2, *IMAGE.shape[1:])
+    for _ in range(2):  # the second ends
+        output, expected = recorder.run(teacher, (IMAGE,), {}, output=False)
+    assert output is None
+
+    def wait(_module, _inputs, _output):
+        if threading.current_thread() is not threading.main_thread():
+            return
+        entered.set()
+        assert go_on.wait(60)
+
+    others = []
+
+    def other():
+        assert entered.wait(60)
+        others.append(teacher(images))  # between the main thread's stem and neck
+        go_on.set()
+
+    thread = threading.Thread(target=other)
+    teacher.stem.register_forward_hook(wait)
+    thread.start()
+    output, got = recorder.run(teacher, (IMAGE,), {}, output=False)
+    thread.join()
+    assert output is None
+    assert_equal(got["neck"], expected["neck"])
+    go_on.set()
+    assert_equal(others[0], teacher(images))
+
+
+def test_inference_mode_first():
+    """Nothing learned in inference mode, which shows no change of a tensor, is taken for other calls."""
+
+    def net():
+        layers = (
+            nn.Conv2d(3, 4, 3),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(4, 4, 3),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(4, 2, 1),
+        )
+        return nn.Sequential(*layers)
+
+    distiller = Distiller(net(), net(), [Tap("0", "0", mse, align=None), Tap("2", "2", mse, align=None)]).eval()
+    with torch.inference_mode():
+        expected = distiller(IMAGE)[1]
+    distiller.train()
+    for name, loss in distiller(IMAGE)[1].items():
+        assert loss.item() == expected[name].item()
