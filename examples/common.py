@@ -228,7 +228,7 @@ def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], ste
 def make_token_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], steps: int) -> tuple[Any, Any]:
     """Adam and a cosine, as the authors train tokens in 2,000 iterations."""
     optimizer = torch.optim.Adam(parameters, args.lr, weight_decay=1e-3)
-    return optimizer, cosine(optimizer, steps, 0, 1e-6 / args.lr)
+    return optimizer, cosine(optimizer, steps, 0, 1e-6 / args.lr if args.lr else 1.0)
 
 
 class Trainer:

@@ -140,6 +140,8 @@ def load_detector(
     """
     state = common.load(path, device=device)
     settings = state["settings"]
+    if "backbone" not in settings:
+        raise ValueError(f"{path}: expected a model's checkpoint, got one of the command {settings['command']!r}")
     found = settings["architecture"]["classes"]
     if classes is not None and list(found) != list(classes):
         raise ValueError(f"{path} knows {len(found)} classes ({', '.join(found[:5])} ...), --data has {len(classes)}")

@@ -6,7 +6,7 @@ import contextlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,15 @@ VOC_CLASSES = [
 # fmt: on
 
 Sample = tuple[Tensor, dict[str, Tensor]]
+
+
+class Objects(NamedTuple):
+    """A picture's annotations."""
+
+    corners: list[list[float]]  # left, top, right, bottom
+    labels: list[int]
+    areas: list[float]
+    crowds: list[bool]  # whether it is a region of many
 
 
 def coco_package() -> str:
@@ -44,7 +53,8 @@ def coco_package() -> str:
 
 class Boxes(Dataset[Sample]):
     """Pictures ``[3, H, W]`` in 0..1, and targets: ``boxes [n, 4]`` (left, top, right, bottom, in pixels),
-    ``labels [n]`` from 1 on, and ``image_id``, the picture's number.
+    ``labels [n]`` from 1 on, ``area [n]``; ``crowds [m, 4]`` and ``crowd_labels [m]``, regions of many objects; and
+    ``image_id``, the picture's number.
 
     Args:
         root: a COCO-format folder (``annotations/instances_<split>.json`` or ``instances_<split><year>.json``, pictures
@@ -83,15 +93,18 @@ class Boxes(Dataset[Sample]):
                 f"(looked for VOCdevkit/VOC<year>/ImageSets/Main/{split}.txt); it holds {held or 'nothing'}"
             )
 
-    def _coco(self, annotations: list[dict[str, Any]]) -> tuple[list[list[float]], list[int]]:
-        kept = [a for a in annotations if not a.get("iscrowd")]
-        corners = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in kept)]
-        return corners, [self.label[a["category_id"]] for a in kept]
+    def _coco(self, annotations: list[dict[str, Any]]) -> Objects:
+        corners = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in annotations)]
+        areas = [float(a.get("area", a["bbox"][2] * a["bbox"][3])) for a in annotations]
+        labels = [self.label[a["category_id"]] for a in annotations]
+        return Objects(corners, labels, areas, [bool(a.get("iscrowd")) for a in annotations])
 
-    def _voc(self, annotation: dict[str, Any]) -> tuple[list[list[float]], list[int]]:
+    def _voc(self, annotation: dict[str, Any]) -> Objects:
         objects = [o for o in annotation["annotation"].get("object", []) if o.get("difficult", "0") != "1"]
         corners = [[float(o["bndbox"][key]) for key in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
-        return corners, [VOC_CLASSES.index(o["name"]) + 1 for o in objects]
+        areas = [(right - left) * (bottom - top) for left, top, right, bottom in corners]
+        labels = [VOC_CLASSES.index(o["name"]) + 1 for o in objects]
+        return Objects(corners, labels, areas, [False] * len(objects))
 
     def __len__(self) -> int:
         return len(self.data)
@@ -100,15 +113,23 @@ class Boxes(Dataset[Sample]):
         index, draw = item if isinstance(item, tuple) else (item, 1.0)
         picture, annotation = self.data[index]
         image = pil_to_tensor(picture).float() / 255
-        corners, classes = self.boxes(annotation)
+        corners, classes, areas, crowds = self.boxes(annotation)
         boxes = torch.tensor(corners, dtype=torch.float32).reshape(-1, 4)
         if self.flip and draw < 0.5:
             image = hflip(image)
             boxes[:, [0, 2]] = image.shape[2] - boxes[:, [2, 0]]
-        # Detectors refuse boxes without an area.
-        real = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        labels = torch.tensor(classes, dtype=torch.int64)[real]
-        return image, {"boxes": boxes[real], "labels": labels, "image_id": torch.tensor(index)}
+        # Detectors refuse boxes without an area. Crowds are not learned, and what is found in them is not judged.
+        real, crowd = (boxes[:, 2:] > boxes[:, :2]).all(1), torch.tensor(crowds, dtype=torch.bool)
+        labels, sizes = torch.tensor(classes, dtype=torch.int64), torch.tensor(areas, dtype=torch.float32)
+        one, many = real & ~crowd, real & crowd
+        return image, {
+            "boxes": boxes[one],
+            "labels": labels[one],
+            "area": sizes[one],
+            "crowds": boxes[many],
+            "crowd_labels": labels[many],
+            "image_id": torch.tensor(index),
+        }
 
 
 def collate(samples: Sequence[Sample]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:

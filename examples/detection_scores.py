@@ -38,11 +38,22 @@ def mean_average_precision(
     metric = MeanAveragePrecision(backend=coco_package(), sync_on_compute=False)
     metric.warn_on_many_detections = False
     for f, t in common.gathered(pairs):
-        metric.update([{**f, "boxes": f["boxes"] * scale}], [{**t, "boxes": t["boxes"] * scale}])
+        metric.update([{**f, "boxes": f["boxes"] * scale}], [_truth(t, scale)])
     names = {"map": "mAP", "map_50": "mAP50", "map_75": "mAP75"}
     names |= {f"map_{size}": f"mAP {size}" for size in ("small", "medium", "large")}
     values = metric.compute()
     return {name: 100 * float(values[key]) for key, name in names.items() if float(values[key]) >= 0}
+
+
+def _truth(target: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """What torchmetrics judges by: objects, and crowds, in which whatever is found does not count."""
+    boxes, crowds = target["boxes"], target["crowds"]
+    return {
+        "boxes": torch.cat([boxes, crowds]) * scale,
+        "labels": torch.cat([target["labels"], target["crowd_labels"]]),
+        "area": torch.cat([target["area"], (crowds[:, 2:] - crowds[:, :2]).prod(1)]) * scale**2,
+        "iscrowd": torch.arange(len(boxes) + len(crowds)) >= len(boxes),
+    }
 
 
 @torch.no_grad()

@@ -58,6 +58,7 @@ def _pyramids(teacher: nn.Module, data: Boxes, device: torch.device) -> dict[str
 def _digest(teacher: nn.Module, data: Boxes) -> str:
     """What tells a file of another teacher, or of other pictures, from this one's."""
     digest = hashlib.sha256(str(len(data)).encode())
-    for value in [*teacher.state_dict().values(), data[0][0]]:
+    pictures = (data[i][0] for i in range(len(data)))
+    for value in (*teacher.state_dict().values(), *pictures):
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ def load_segmenter(
     """
     state = common.load(path, device=device)
     settings = state["settings"]
+    if "backbone" not in settings:
+        raise ValueError(f"{path}: expected a model's checkpoint, got one of the command {settings['command']!r}")
     found = settings["architecture"]["classes"]
     if classes is not None and list(found) != list(classes):
         raise ValueError(f"{path} knows {len(found)} classes ({', '.join(found[:5])} ...), --data has {len(classes)}")
@@ -219,16 +222,22 @@ def distil(args: argparse.Namespace, device: torch.device) -> None:
 
 @torch.no_grad()
 def mean_iou(model: nn.Module, data: LabelMaps, device: torch.device) -> dict[str, float]:
-    """Intersection over union, in percent: the mean over the classes and each class's; of all processes together."""
+    """Intersection over union, in percent: the mean over the classes and each class's; of all processes together.
+
+    Classes that neither the labels nor the model have anywhere are left out.
+    """
     from torchmetrics.classification import MulticlassJaccardIndex
 
-    metric = MulticlassJaccardIndex(len(data.classes), average="none", ignore_index=IGNORED).to(device)
+    metric = MulticlassJaccardIndex(
+        len(data.classes), average="none", ignore_index=IGNORED, zero_division=float("nan")
+    ).to(device)
     model.eval()
     for i in range(common.rank(), len(data), common.world_size()):
         image, labels = data[i]
         metric.update(model(image[None].to(device))[0].argmax(1), labels[None].to(device))
-    values = (100 * metric.compute()).tolist()
-    return {"mIoU": sum(values) / len(values), **dict(zip(data.classes, values, strict=True))}
+    values = zip(data.classes, (100 * metric.compute()).tolist(), strict=True)
+    seen = {name: value for name, value in values if not math.isnan(value)}
+    return {"mIoU": sum(seen.values()) / len(seen), **seen}
 
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]:

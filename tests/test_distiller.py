@@ -987,3 +987,38 @@ def test_student_features_without_gradient_are_warned_of_once():
 def test_aligns_from_an_iterator_are_for_every_distiller():
     tap = Tap("neck", "neck", mse, align=(nn.Conv2d(8, 8, 1) for _ in range(1)))
     assert [len(Distiller(Net(8), Net(8), tap).aligns[0]) for _ in range(2)] == [1, 1]
+
+
+@pytest.mark.parametrize("change", ["pop", "append", "replace"])
+def test_a_container_that_the_model_changes(change):
+    """The list or dict itself, not the tensors in it."""
+
+    class Levels(nn.Module):
+        def forward(self, x):
+            return {"high": x, "low": 2 * x} if change == "pop" else [x, 2 * x]
+
+    class Changing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.neck = nn.Conv2d(3, 8, 3), Levels()
+
+        def forward(self, x):
+            levels = self.neck(self.body(x))
+            if change == "pop":
+                return levels.pop("high")
+            if change == "append":
+                levels.append(levels[-1] + 1)
+            else:
+                levels[0] = levels[1]
+            return levels[-1]
+
+    student, teacher = Changing(), Changing()
+    distiller = Distiller(student, teacher, Tap("neck", "neck", mse, align=None), teacher_output=True)
+    for _ in range(2):
+        a, b = student.body(IMAGE), teacher.body(IMAGE)
+        torch.testing.assert_close(distiller(IMAGE)[1]["neck"], mse([a, 2 * a], [b, 2 * b]))
+
+
+def test_a_level_named_twice():
+    with pytest.raises(ValueError, match=r"levels: expected each level once, got \[0, 0, 1\]"):
+        Layer("neck", levels=[0, 0, 1])

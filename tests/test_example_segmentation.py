@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,3 +147,26 @@ def test_cityscapes_labels_are_the_training_ones(tmp_path: Path) -> None:
 def test_classes_that_do_not_fit(runs: Path) -> None:
     with pytest.raises(ValueError, match=r"last\.pth knows 11 classes .*, --data has 2"):
         segmentation.load_segmenter(runs / "teacher" / "last.pth", torch.device("cpu"), ["a", "b"])
+
+
+def test_classes_that_nobody_has_are_left_out() -> None:
+    """The mean is over the others; a class that is missed altogether counts as nothing."""
+    pytest.importorskip("torchmetrics", reason='mIoU needs pip install "maskd-kernels[examples]"')
+
+    class Data(list[Any]):
+        classes = ("a", "b", "c", "d")
+
+    class Says(torch.nn.Module):
+        def __init__(self, labels: torch.Tensor) -> None:
+            super().__init__()
+            self.labels = labels
+
+        def forward(self, _x: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return torch.nn.functional.one_hot(self.labels, 4).permute(2, 0, 1)[None].float(), None
+
+    labels = torch.tensor([[0, 1], [1, 0]])
+    data = Data([(torch.zeros(3, 2, 2), labels)])
+    perfect = segmentation.mean_iou(Says(labels), data, torch.device("cpu"))
+    assert perfect == pytest.approx({"mIoU": 100, "a": 100, "b": 100})
+    half = segmentation.mean_iou(Says(torch.tensor([[0, 3], [3, 0]])), data, torch.device("cpu"))
+    assert half == pytest.approx({"mIoU": 100 / 3, "a": 100, "b": 0, "d": 0})

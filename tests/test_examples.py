@@ -23,6 +23,7 @@ pytest.importorskip("sklearn", reason="the generated set is made of scikit-learn
 import common  # noqa: E402
 import detection  # noqa: E402
 import detection_data  # noqa: E402
+import detection_scores  # noqa: E402
 import detectors  # noqa: E402
 import generated  # noqa: E402
 import remembered  # noqa: E402
@@ -504,3 +505,51 @@ def test_masks_measured_against_their_definition(weighted: bool, monkeypatch: py
     # The loss itself: every pixel's error times its weight.
     value = loss.eval()(*([torch.cat([features[m, i] for i in (0, 1)])] for m in "st"))
     assert float(under.sum()) / (2 * 4) == pytest.approx(float(value), rel=1e-4)
+
+
+class Finds(torch.nn.Module):
+    """A detector that finds the same boxes in every picture."""
+
+    def __init__(self, boxes: list[list[float]], scores: list[float]) -> None:
+        super().__init__()
+        self.found = {"boxes": torch.tensor(boxes), "scores": torch.tensor(scores)}
+        self.found["labels"] = torch.ones(len(boxes), dtype=torch.int64)
+
+    def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        return [self.found for _ in images]
+
+
+def test_what_is_found_in_a_crowd_is_not_judged(tmp_path: Path) -> None:
+    """As by COCO's own evaluation; and its areas, of masks, decide what is small."""
+    for package in ("torchmetrics", "pycocotools"):
+        pytest.importorskip(package, reason='mAP needs pip install "maskd-kernels[examples]"')
+    (tmp_path / "val").mkdir()
+    (tmp_path / "annotations").mkdir()
+    Image.new("RGB", (200, 200)).save(tmp_path / "val" / "0.png")
+    run_lengths = {"size": [200, 200], "counts": [20000, 20000]}
+    one = {"id": 1, "bbox": [10, 10, 40, 40], "area": 900, "iscrowd": 0, "segmentation": []}
+    many = {"id": 2, "bbox": [100, 0, 100, 200], "area": 20000, "iscrowd": 1, "segmentation": run_lengths}
+    content = {
+        "images": [{"id": 1, "file_name": "0.png", "width": 200, "height": 200}],
+        "annotations": [{**a, "image_id": 1, "category_id": 1} for a in (one, many)],
+        "categories": [{"id": 1, "name": "a"}],
+    }
+    (tmp_path / "annotations" / "instances_val.json").write_text(json.dumps(content))
+    data = detection_data.Boxes(tmp_path, "val")
+    assert data[0][1]["boxes"].tolist() == [[10, 10, 50, 50]]  # a crowd is not learned
+    model = Finds([[110.0, 20, 150, 60], [10, 10, 50, 50]], [0.9, 0.8])
+    found = detection_scores.mean_average_precision(model, data, torch.device("cpu"))
+    assert found["mAP"] == pytest.approx(100)
+    assert found["mAP small"] == pytest.approx(100)  # 40 x 40 pixels are medium, 900 are small
+    assert "mAP medium" not in found
+    content["annotations"][1]["iscrowd"] = 0
+    (tmp_path / "annotations" / "instances_val.json").write_text(json.dumps(content))
+    judged = detection_scores.mean_average_precision(model, detection_data.Boxes(tmp_path, "val"), torch.device("cpu"))
+    assert judged["mAP"] < 60
+
+
+def test_tokens_are_no_teacher(tmp_path: Path) -> None:
+    path = tmp_path / "last.pth"
+    common.save({"settings": {"command": "tokens", "architecture": {"classes": ["a"]}}, "model": {}}, path)
+    with pytest.raises(ValueError, match=r"expected a model's checkpoint, got one of the command 'tokens'"):
+        detection.load_detector(path, torch.device("cpu"))

@@ -438,3 +438,10 @@ def test_prepared_graph_modules_are_copied(dtype, duplicate):
     prepared = prepare_teacher(traced, dtype=dtype)
     assert torch.equal(duplicate(prepared)(x), prepared(x))
     assert prepared(x).dtype == (dtype or torch.float32)
+
+
+def test_half_of_nothing():
+    """A teacher with neither parameters nor buffers has nothing to cast."""
+    x = torch.randn(1, 3, 8, 8)
+    pooling = nn.Sequential(nn.AvgPool2d(2))
+    assert torch.equal(prepare_teacher(pooling, dtype=torch.bfloat16)(x), pooling(x))

@@ -608,6 +608,18 @@ def test_sizes_that_decide_how_often_a_layer_runs():
     assert [runs_of(recorder, teacher, width) for width in (24, 8, 16)] == [(True, 3), (True, 1), (True, 2)]
 
 
+def test_sizes_that_decide_how_often_a_layer_runs_inside_another():
+    """What is awaited is the same module; how often the layer has run when it ends is not."""
+    teacher = nn.Sequential(Windows(), nn.Identity()).eval()
+    recorder = Recorder(teacher, "teacher", ["0.body"])
+    counts = []
+    with torch.no_grad():
+        for width in (16, 16, 24, 16):
+            output, got = recorder.run(teacher, (torch.rand(2, 3, 8, width),), {}, output=False)
+            counts.append((output is not None, len(got["0.body"])))
+    assert counts == [(True, 2), (False, 2), (True, 3), (True, 2)]
+
+
 def test_clips_of_another_length():
     class Clip(Windows):
         def forward(self, x):
@@ -651,7 +663,13 @@ def test_threads_that_share_a_teacher():
         others.append(teacher(images))  # between the main thread's stem and neck
         go_on.set()
 
-    thread = threading.Thread(target=other)
+    def other_or_not():
+        try:
+            other()
+        finally:
+            go_on.set()
+
+    thread = threading.Thread(target=other_or_not)
     teacher.stem.register_forward_hook(wait)
     thread.start()
     output, got = recorder.run(teacher, (IMAGE,), {}, output=False)

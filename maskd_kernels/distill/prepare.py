@@ -62,10 +62,12 @@ def prepare_teacher(
     Batch norms, torchvision's ``FrozenBatchNorm2d`` among them, are folded into the convolutions that feed them, and
     become ``nn.Identity`` under their names, so that taps on them stay valid. Which convolution feeds which batch norm
     is read off the model by ``torch.fx``, piece by piece where it cannot be traced as a whole, and checked in the
-    first forward. A batch norm stays where its convolution has other readers, runs elsewhere too, is tapped, or has
-    hooks. A tap on a folded convolution would see other values, so ``Distiller`` and ``TokenTrainer`` refuse it.
+    first forward. A batch norm stays where its convolution has other readers in the model, runs elsewhere too, is
+    tapped, or has hooks. A tap on a folded convolution would see other values, so ``Distiller`` and ``TokenTrainer``
+    refuse it.
 
-    A half ``dtype`` is that of autocast, in which the copy then runs by itself, with the weights of convolutions and
+    A half ``dtype`` is that of autocast, in which the copy then runs by itself when it is called (not where one of its
+    methods or layers is: use ``torch.autocast`` there), with the weights of convolutions and
     linear layers cast once and for all. It takes the inputs that the teacher takes: images and boxes stay float32, and
     what autocast deems fragile, norms that are left and all buffers too.
 
@@ -448,7 +450,8 @@ class _UnderAutocast(nn.Module):
     preparation: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(next(self.parameters()).device.type, dtype=self.half_dtype):
+        own = next((x for tensors in (self.parameters(), self.buffers()) for x in tensors), None)
+        with torch.autocast("cpu" if own is None else own.device.type, self.half_dtype, enabled=own is not None):
             return super().forward(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -195,6 +195,8 @@ class Recorder:
         records = self._records
         if records is None or self._ended or self._elsewhere():  # or a checkpoint that runs its layers again
             return
+        if not torch.compiler.is_compiling():
+            output = map_tensors(output, lambda x: x)  # the model may change the list or dict itself
         kept = [self._kept(x, (name, i) in self._copied) for i, x in enumerate(tensors_in(output))]
         records.setdefault(name, []).append((output, kept))
         if self._plan is not None:

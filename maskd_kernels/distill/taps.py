@@ -47,7 +47,7 @@ class Layer:
     A layer that runs several times in one forward (a head shared by the levels) counts as a list of levels.
 
     Raises:
-        ValueError: numbers out of range, ``levels`` beside ``select``, no name.
+        ValueError: numbers out of range, ``levels`` beside ``select``, a level named twice, no name.
         TypeError: something else than these.
     """
 
@@ -72,6 +72,8 @@ class Layer:
         keys = [] if self.levels is None else _as_list(self.levels)
         if self.levels is not None and not (keys and all(type(key) in (str, int) for key in keys)):
             raise TypeError(f"levels: expected a name, an index or a list of them, got {self.levels!r}")
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"levels: expected each level once, got {self.levels!r}")
         if self.channel_dim not in (1, -1):
             raise ValueError(f"channel_dim: expected 1 or -1, got {self.channel_dim!r}")
         if type(self.prefix_tokens) is not int or self.prefix_tokens < 0:

@@ -38,7 +38,8 @@ class TokenTrainer(FrozenTeacher):
         teacher: a trained model.
         layer: the layer whose output is masked, as ``named_modules`` spells it (``"neck"``, ``"backbone.fpn"``, or
             ``"classifier"`` for tokens on a segmentation model's logits), the layer itself, a list of them (one
-            pyramid), or a ``Layer`` with options of its own.
+            pyramid), or a ``Layer`` with options of its own. Each run of a layer that runs several times is masked
+            by the same tokens.
         channels: channels of each level; one number for a tensor.
         num_tokens: receptive tokens per level.
         weight_mask: whether the masks are weighted per image (detection; the authors do not for segmentation).

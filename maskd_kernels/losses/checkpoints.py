@@ -92,7 +92,7 @@ def load_tokens(module: nn.Module, source: Source, *, attribute: str) -> None:
                     found[single + key[at:]] = value
     where = "the given mapping" if isinstance(source, Mapping) else os.fspath(source)
     if not any(key.endswith("mask_token") for key in found):
-        some = ", ".join(list(state)[:3]) or "nothing"
+        some = ", ".join(list(state)[:3]) or "no tensors at its top level or under state_dict"
         raise ValueError(f"pretrained: no receptive tokens (mask_token) in {where}, which holds {some}")
     held, wanted = (len({key.split(".")[1] for key in keys}) for keys in (found, expected))
     if attribute == "mask_modules" and held != wanted:
@@ -139,7 +139,7 @@ def read_tokens(source: Source) -> list[dict[str, Tensor]]:
         if "mask_token" in module:
             tokens[number] = module
     if not tokens:
-        some = ", ".join(list(state)[:3]) or "nothing"
+        some = ", ".join(list(state)[:3]) or "no tensors at its top level or under state_dict"
         raise ValueError(f"tokens: no receptive tokens (mask_token) in {where}, which holds {some}")
     if sorted(tokens) != list(range(len(tokens))):
         raise ValueError(f"tokens: expected levels from 0 on in {where}, got {', '.join(map(str, sorted(tokens)))}")
