@@ -34,6 +34,18 @@ STATIC_ABOUT = [
     "way. Six tokens where nothing else is said; `tokens`: they and the teacher are trained as well. On sm_90; the",
     "file has the other architectures, float16 and the classes of instructions.",
 ]
+# Instructions per element or pair at most, where rows are whole vectors; 8 where nothing is said.
+GOALS = {
+    "loss receptive_stats.forward_kernel": 16,
+    "tokens receptive_stats.forward_kernel": 16,
+    "tokens receptive_stats.backward_kernel": 25,
+}
+GOALS_ABOUT = [
+    "Goals for these counts of compiled code, on every architecture, in float32 and half types, where rows are whole",
+    "vectors: `receptive_stats` of six tokens at most 16 instructions per pair forward, with at least 16 warps and",
+    "32 KiB under way on an SM, and 25 backward with tokens; every other kernel at most 8; no spills.",
+]
+WARPS_GOAL, FLIGHT_GOAL = 16, 32 << 10  # of the forward pass of six tokens: resident warps, bytes under way on an SM
 PREDICTED = [
     "Microseconds, **predicted from compiled code, not measured**: the largest of three terms, which is named. Memory:",
     "every byte once, at peak bandwidth. Issue: instructions over issue slots. Latency: bytes over those under way, by",
@@ -197,6 +209,28 @@ def _kernels(content: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     return found
 
 
+def goals_missed(content: dict[str, Any]) -> dict[str, list[str]]:
+    """The goals that a kernel misses, by its key. Other numbers of tokens than six have none."""
+    missed: dict[str, list[str]] = {}
+    for key, entry in content["kernels"].items():
+        name, wide = " ".join(key.split()[:2]), entry["wide"]
+        if name.startswith("K="):
+            continue
+        found = []
+        if wide["per_element"] > GOALS.get(name, 8):
+            found.append(f"{wide['per_element']:.1f} instructions, not {GOALS.get(name, 8)}")
+        if entry["spill_bytes"]:
+            found.append(f"{entry['spill_bytes']} bytes spilled")
+        if name.endswith("receptive_stats.forward_kernel"):
+            if entry["resident_warps"] < WARPS_GOAL:
+                found.append(f"{entry['resident_warps']} warps, not {WARPS_GOAL}")
+            if wide["bytes_in_flight"] < FLIGHT_GOAL:
+                found.append(f"{wide['bytes_in_flight'] / 1024:.0f} KiB under way, not {FLIGHT_GOAL >> 10}")
+        if found:
+            missed[key] = found
+    return missed
+
+
 def static_section(content: dict[str, Any]) -> list[str]:
     """What the Triton kernels are made of, and the times predicted from it."""
     lines = ["", "## Triton kernels, predicted from compiled code, not measured", ""]
@@ -211,6 +245,11 @@ def static_section(content: dict[str, Any]) -> list[str]:
         cells = [name, f"{wide['per_element']:.1f}{narrow}", wide["barriers"], wide["shuffles"], entry["registers"]]
         cells += [entry["resident_warps"], f"{wide['bytes_in_flight'] / 1024:.0f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", *GOALS_ABOUT]
+    missed = goals_missed(content)
+    lines += ["", "Missed:" if missed else "None is missed."]
+    if missed:
+        lines += ["", *(f"- {key}: {', '.join(found)}" for key, found in missed.items())]
     lines += ["", *PREDICTED]
     gpus = content["gpus"]
     for workload in next(iter(content["kernels"].values()))["predicted"]:
