@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,12 +28,18 @@ BLOCK_J = 32  # columns: its taps and input channels
 NUM_WARPS = 4
 
 
+class Weighting(NamedTuple):
+    """The weighting's parameters, of each level."""
+
+    conv_weight: Any  # [C, C * 9]
+    conv_bias: Any  # [C]
+    projection_weight: Any  # [K, C]
+    projection_bias: Any  # [K]
+
+
 @triton.jit(do_not_specialize=["images", "total_channels", "blocks"])
 def weighting_kernel(
-    conv_weight,  # tuple: [C, C * 9]
-    conv_bias,  # tuple: [C]
-    projection_weight,  # tuple: [K, C]
-    projection_bias,  # tuple: [K]
+    weighting,  # Weighting
     sums,  # [N, 9, total C]
     logits,  # [levels, blocks, N, K]
     channels,
@@ -50,8 +57,8 @@ def weighting_kernel(
 ):
     block = tl.program_id(0)
     level = tl.program_id(1)
-    conv, bias = pick(conv_weight, level), pick(conv_bias, level)
-    projection, size = pick(projection_weight, level), aligned(integer(channels, level), C_ALIGN)
+    conv, bias = pick(weighting.conv_weight, level), pick(weighting.conv_bias, level)
+    projection, size = pick(weighting.projection_weight, level), aligned(integer(channels, level), C_ALIGN)
     k = tl.arange(0, K_PAD)
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
     combined = tl.zeros([K_PAD, BLOCK_J], tl.float32)
@@ -64,7 +71,7 @@ def weighting_kernel(
         w = tl.load(conv + c[:, None] * (9 * size) + j[None, :], mask=read, other=0.0)  # [BLOCK_C, BLOCK_J]
         combined = tl.dot(p, w, combined, input_precision=PRECISION)
         constant += tl.sum(p * tl.load(bias + c, mask=c < size, other=0.0)[None, :], 1)
-    constant += tl.load(pick(projection_bias, level) + k, mask=k < K, other=0.0)
+    constant += tl.load(pick(weighting.projection_bias, level) + k, mask=k < K, other=0.0)
     column = (j % 9) * total_channels + integer(channel_offsets, level) + j // 9
     for start in range(0, images, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
@@ -155,15 +162,11 @@ def _logits(stats: ReceptiveStats, teacher: Sequence[Tensor], weighting: Sequenc
     channels = tuple(t.shape[1] for t in teacher)
     blocks = triton.cdiv(TAPS * max(channels), BLOCK_J)
     logits = empty(stats.mass, levels, blocks, n, k)
-    conv_weight, conv_bias, projection_weight, projection_bias = zip(*weighting, strict=True)
     if n:
         launch(
             weighting_kernel,
             (blocks, levels),
-            conv_weight,
-            conv_bias,
-            projection_weight,
-            projection_bias,
+            Weighting(*zip(*weighting, strict=True)),
             stats.sums,
             logits,
             encode(channels),
