@@ -142,9 +142,9 @@ def draw_differences(summary: dict[str, Any], path: Path) -> None:
     """A PNG of the paired differences with their intervals."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3), layout="constrained")
+    figure = Figure(figsize=(9, 3), layout="constrained")
     for axis, base in zip(figure.subplots(1, 2), ("none", "mse"), strict=True):
-        rows = summary["differences"][base]
+        rows = {variant: row for variant, row in summary["differences"][base].items() if variant != "none"}
         for y, (variant, row) in enumerate(rows.items()):
             axis.plot([row["low"], row["high"]], [y, y], color="tab:blue")
             axis.plot(row["mean"], y, "o", color="tab:blue")
@@ -152,8 +152,9 @@ def draw_differences(summary: dict[str, Any], path: Path) -> None:
             axis.plot(per_seed, [y + 0.18] * len(per_seed), "|", color="tab:grey")
         axis.set_yticks(range(len(rows)), [NAMES[variant] for variant in rows])
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_xlabel(f"test mAP against {NAMES[base]}: mean, 95 % interval, seeds")
+        axis.set_title(f"test mAP against {NAMES[base]}", fontsize="medium")
         axis.invert_yaxis()
+    figure.supxlabel("mean, 95 % interval; grey: single seeds", fontsize="medium")
     figure.savefig(path, dpi=140, format="png")
 
 
