@@ -169,7 +169,10 @@ class MGDLoss(GenerativeLoss):
         sizes = [math.prod(shape[1:]) for shape in shapes]
         size, device = (shapes[0][0], sum(sizes)), teacher[0].device
         # torch.compile takes no generator, nor None for it, with sizes that vary.
-        uniform = torch.rand(size, device=device, generator=generator) if generator else torch.rand(size, device=device)
+        if generator is None:
+            uniform = torch.rand(*size, device=device)
+        else:
+            uniform = torch.rand(*size, device=device, generator=generator)
         keep = uniform >= self.lambda_mgd if self.mask_on_channel else uniform <= 1 - self.lambda_mgd
         return [k.reshape(shape) for k, shape in zip(keep.split(sizes, 1), shapes, strict=True)]
 
