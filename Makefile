@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo study test test-models matrix fuzz sanitize aarch64 bench gpu docs lint format clean help
 
 help:
-	@echo "make demo   distil a segmenter by every method, start to end (about 10 minutes on two cores)"
+	@echo "make demo   distil a segmenter by every method, start to end (about 8 minutes on two cores)"
 	@echo "make study  what masks add to distilling a detector, eight seeds (up to three hours on two cores; resumes)"
 	@echo "make test   all tests (GPU tests only where there is a GPU)"
 	@echo "make test-models  models of transformers, timm, Lightning, Ultralytics, torchdistill, OpenMMLab, in their own environment"

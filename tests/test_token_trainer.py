@@ -223,3 +223,11 @@ def test_plot_masks(tmp_path):
         plot_masks(torch.rand(3, 32, 48), torch.rand(1, 6, 8, 12), tmp_path / "bad.png")
     with pytest.raises(ValueError, match=r"image: expected \[3, H, W\] or \[1, H, W\], got \[4, 8, 8\]"):
         plot_masks(torch.rand(4, 8, 8), torch.rand(6, 8, 12), tmp_path / "bad.png")
+
+
+def test_tokens_are_saved_into_a_new_folder(tmp_path):
+    """They are saved at the end of hours."""
+    trainer = TokenTrainer(nn.Sequential(nn.Conv2d(3, 8, 3)), "0", channels=8)
+    trainer.save(tmp_path / "new" / "folder" / "tokens.pth")
+    again = MasKDLoss(8, pretrained=tmp_path / "new" / "folder" / "tokens.pth")
+    assert torch.equal(again.mask_modules[0].mask_token, trainer.mask_modules[0].mask_token)

@@ -160,11 +160,13 @@ class TokenTrainer(FrozenTeacher):
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the tokens as the authors' detection code does: ``mask_modules.*`` nested under ``state_dict``.
+        """Writes the tokens as the authors' detection code does: ``mask_modules.*`` nested under ``state_dict``. The
+        folder is made where it is missing.
 
         ``MasKDLoss(pretrained=path)`` and, with one unweighted level, ``MasKDSegLoss(pretrained=path)`` read it.
         """
         state = {f"mask_modules.{k}": v.detach().cpu() for k, v in self.mask_modules.state_dict().items()}
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         torch.save({"state_dict": state}, path)
 
     def load(self, source: Source) -> None:

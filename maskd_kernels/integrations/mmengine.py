@@ -136,7 +136,7 @@ class FeatureDistillation(BaseModel):
         made = [_tap(tap) for tap in ([taps] if isinstance(taps, Mapping) else taps)]
         call = functools.partial(_as_tensors, inspect.signature(teacher.forward))
         self.distiller = Distiller(student, teacher, made, teacher_inputs=call)
-        self.inherit = list(inherit)
+        self.inherit = [inherit] if isinstance(inherit, str) else list(inherit)
         self._teacher_is_loaded = teacher_ckpt is not None
         self._register_state_dict_hook(_leave_out)
         self.register_load_state_dict_pre_hook(_put_in)
@@ -196,6 +196,8 @@ class TokenTrainingHook(Hook):
         out: str | None = None,
         interval: int = 50,
     ) -> None:
+        if iterations < 1:
+            raise ValueError(f"iterations: expected 1 or more, got {iterations}")
         self.iterations, self.min_lr, self.out, self.interval = iterations, min_lr, out, interval
         self.optimizer = dict(optimizer or {"type": "Adam", "lr": 0.01, "weight_decay": 0.001})
 
@@ -258,13 +260,6 @@ def _mask_modules(loss: Any) -> list[MaskModule]:
     """A loss's tokens, as far as they are to be learned before it is used."""
     modules = list(loss.modules()) if isinstance(loss, (MasKDLoss, MasKDSegLoss)) else []
     return [m for m in modules if isinstance(m, MaskModule) and not m.mask_token.requires_grad]
-
-
-def _save(trainer: TokenTrainer, runner: Any, path: str) -> None:
-    if runner.rank == 0:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        trainer.save(path)
-        print_log(f"tokens written to {path}", logger="current")
 
 
 def _built(model: Any) -> Any:

@@ -149,6 +149,8 @@ class DistillationTrainer(Trainer):
             if args.ddp_find_unused_parameters is None:
                 # The default for models that are no PreTrainedModel breaks activation checkpointing.
                 args.ddp_find_unused_parameters = not args.activation_checkpointing
+        if any(tap.name == "task" for tap in ([taps] if isinstance(taps, Tap) else taps)):
+            raise ValueError("taps: expected another name than 'task', which is that of the student's own loss")
         labels = list(getattr(args, "label_names", None) or find_labels(type(model)))
         distiller = Distiller(model, teacher, taps, teacher_inputs=teacher_inputs or _without(labels, teacher))
         super().__init__(DistilledModel(distiller, model_kwargs or {}), args, **trainer_kwargs)
@@ -160,6 +162,8 @@ class DistillationTrainer(Trainer):
         batch = self._example() if example_inputs is None else example_inputs
         if batch is not None:
             distiller.build(**{**self._prepare_inputs(dict(batch)), **self.model.model_kwargs})
+        if self.optimizer is not None:
+            _check_optimizer(self.optimizer, distiller)
 
     def _example(self) -> Any:
         """The first sample as a batch, with random numbers as they were before."""
@@ -186,10 +190,11 @@ class DistillationTrainer(Trainer):
         call = _StudentCall(model, self.distiller.student)
         loss, outputs = super().compute_loss(call, inputs, True, num_items_in_batch)
         if call.losses:
-            self._note({"loss_task": loss, **{f"loss_{name}": value for name, value in call.losses.items()}})
-            added = torch.stack([value.to(loss.device) for value in call.losses.values()]).sum()
             # Trainer takes a compute_loss_func's value for one over all accumulated batches; these are means over one.
-            loss = loss + (added / self.current_gradient_accumulation_steps if self.compute_loss_func else added)
+            share = self.current_gradient_accumulation_steps if self.compute_loss_func else 1
+            self._note({"loss_task": loss * share, **{f"loss_{name}": value for name, value in call.losses.items()}})
+            added = torch.stack([value.to(loss.device) for value in call.losses.values()]).sum()
+            loss = loss + added / share
         return (loss, outputs) if return_outputs else loss
 
     def _note(self, losses: Mapping[str, Tensor]) -> None:
@@ -271,3 +276,15 @@ def _check_strategy(args: TrainingArguments) -> None:
         )
     if args.fsdp or args.deepspeed:
         raise ValueError("args: DistillationTrainer trains in one process or by DDP, and got fsdp or deepspeed")
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, distiller: Distiller) -> None:
+    """One of the caller's must have the distillation's parameters too, or they stay as they were drawn."""
+    has = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    students = {id(p) for p in distiller.student.parameters()}
+    own = [p for p in distiller.parameters() if p.requires_grad and id(p) not in students]
+    if any(id(p) not in has for p in own):
+        raise ValueError(
+            "optimizers: expected one with the parameters of aligns and losses, which this has not; leave it to the "
+            "Trainer (TrainingArguments), or pass optimizer_cls_and_kwargs"
+        )

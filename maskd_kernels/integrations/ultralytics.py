@@ -23,6 +23,7 @@ from maskd_kernels.losses.checkpoints import Source
 
 try:
     from ultralytics import YOLO
+    from ultralytics.engine.model import Model
     from ultralytics.models.yolo.detect import DetectionTrainer
     from ultralytics.nn.modules.head import Detect
     from ultralytics.utils import LOGGER, TQDM
@@ -185,7 +186,7 @@ class _Student:
     # The moving average, checkpoints and copies are plain students.
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _plain(self).__reduce_ex__(protocol)
+        return copy.copy, (_plain(self),)  # of the plain class's module alone, so that it loads anywhere
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return _plain(self).state_dict(*args, **kwargs)
@@ -288,7 +289,11 @@ def _loaded(teacher: Any, device: torch.device) -> Any:
     if isinstance(teacher, (str, Path)):
         model = YOLO(teacher).model
     else:
-        model = copy.deepcopy(teacher.model if isinstance(teacher, YOLO) else teacher)
+        model = copy.deepcopy(teacher.model if isinstance(teacher, Model) else teacher)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"teacher: expected a PyTorch model, got {type(model).__name__}: an exported one has no features"
+        )
     return model.float().to(device).eval().requires_grad_(False)
 
 
@@ -375,8 +380,10 @@ def train_tokens(
         The tokens' file, for ``trainer(..., tokens=...)``.
 
     Raises:
-        ValueError: no detector of boxes alone, or one of other classes than the data's.
+        ValueError: no detector of boxes alone, or one of other classes than the data's; no iterations.
     """
+    if iterations < 1:
+        raise ValueError(f"iterations: expected 1 or more, got {iterations}")
     defaults = {"model": "yolo26n.yaml", "name": "tokens", "deterministic": False}
     run = DetectionTrainer(overrides={**defaults, **arguments, "data": str(data)})
     model = _loaded(teacher, run.device)
