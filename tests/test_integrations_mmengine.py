@@ -25,7 +25,7 @@ from mmengine.runner import Runner
 from torchvision.ops import FeaturePyramidNetwork
 
 from maskd_kernels import AMDLoss, MasKDLoss, MGDLoss
-from maskd_kernels.integrations.mmengine import AlignConnector, PyramidSmoothL1Loss
+from maskd_kernels.integrations.mmengine import AlignConnector, PyramidSmoothL1Loss, TokenTrainingHook
 
 CLASSES = 5
 
@@ -373,6 +373,9 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match=r"student: no layer 'nek'.*neck"):
         build({"student": "nek"})
+    assert build(inherit="head").inherit == ["head"]
+    with pytest.raises(ValueError, match="iterations: expected 1 or more, got 0"):
+        TokenTrainingHook(iterations=0)
     for channels, align, message in (
         ([16], ALIGN, r"expected 2 level\(s\) like teacher, got 1"),
         ([32, 32], ALIGN, r"expected \[K, 16\] .*got \[6, 32\]"),

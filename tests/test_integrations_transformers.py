@@ -203,8 +203,12 @@ def test_any_iterable_of_samples(tmp_path):
 
 
 def test_a_loss_function_of_ones_own(tmp_path):
-    """Its value counts for all accumulated batches; the distillation's for one each."""
-    given = {"compute_loss_func": lambda output, labels, num_items_in_batch: 0.0 * output.logits.mean()}
+    """Its value counts for all accumulated batches; the distillation's for one each. The log has both as means."""
+
+    def constant(output, labels, num_items_in_batch):  # of all batches together: what Trainer adds up
+        return 0.0 * output.logits.mean() + len(output.logits) / 4
+
+    given = {"compute_loss_func": constant}
     options = {"optim": "sgd", "max_steps": 1, "max_grad_norm": 0.0, "learning_rate": 0.1}
     results = []
     for steps in (1, 4):
@@ -213,6 +217,9 @@ def test_a_loss_function_of_ones_own(tmp_path):
         without_statistics(made.distiller.student)
         made.train()
         results.append(state(made))
+        logged = next(entry for entry in made.state.log_history if "loss_task" in entry)
+        assert logged["loss_task"] == pytest.approx(1.0)
+        assert logged["loss"] == pytest.approx(logged["loss_task"] + logged["loss_maskd"], rel=1e-3)
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-4, atol=1e-5, msg=name)
 
@@ -341,6 +348,11 @@ def test_what_does_not_work_is_said(tmp_path):
         trainer(tmp_path, Tap("segformer", "segformer", MasKDLoss([8] * 4), levels="hidden_states", align=None))
     with pytest.raises(ValueError, match=r"no layer 'backbone'"):
         trainer(tmp_path, Tap("backbone", "backbone", MasKDLoss(WIDTHS)))
+    with pytest.raises(ValueError, match="taps: expected another name than 'task'"):
+        trainer(tmp_path, Tap("segformer", "segformer", MasKDLoss(WIDTHS), levels="hidden_states", name="task"))
+    student = segformer([8, 16, 24, 32])
+    with pytest.raises(ValueError, match="optimizers: expected one with the parameters of aligns and losses"):
+        trainer(tmp_path, student=student, extra={"optimizers": (torch.optim.SGD(student.parameters()), None)})
     arguments = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
     arguments._n_gpu = 2
     with pytest.raises(ValueError, match="one GPU a process, got 2"):
