@@ -148,6 +148,26 @@ def save(state: Mapping[str, Any], path: Path) -> None:
         Path(part).unlink(missing_ok=True)
 
 
+def load_model(
+    build: Callable[[dict[str, Any], str], nn.Module], path: Path, device: torch.device, classes: list[str] | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a checkpoint as ``build(architecture, backbone)`` makes it, in eval mode, and its settings.
+
+    Raises:
+        ValueError: it was trained on other classes, or holds no model but tokens.
+    """
+    state = load(path, device=device)
+    settings = state["settings"]
+    if "backbone" not in settings:
+        raise ValueError(f"{path}: expected a model's checkpoint, got one of the command {settings['command']!r}")
+    found = settings["architecture"]["classes"]
+    if classes is not None and list(found) != list(classes):
+        raise ValueError(f"{path} knows {len(found)} classes ({', '.join(found[:5])} ...), --data has {len(classes)}")
+    model = build(settings["architecture"], settings["backbone"])
+    model.load_state_dict(state["model"])
+    return model.to(device).eval(), settings
+
+
 def load(path: Path, expected: Mapping[str, Any] | None = None, device: torch.device | str = "cpu") -> dict[str, Any]:
     """A checkpoint of ``save``.
 

@@ -80,18 +80,9 @@ def load_segmenter(
     """The segmenter of a checkpoint, in eval mode, and the settings that it was made with.
 
     Raises:
-        ValueError: it was trained on other classes.
+        ValueError: it was trained on other classes, or holds no model but tokens.
     """
-    state = common.load(path, device=device)
-    settings = state["settings"]
-    if "backbone" not in settings:
-        raise ValueError(f"{path}: expected a model's checkpoint, got one of the command {settings['command']!r}")
-    found = settings["architecture"]["classes"]
-    if classes is not None and list(found) != list(classes):
-        raise ValueError(f"{path} knows {len(found)} classes ({', '.join(found[:5])} ...), --data has {len(classes)}")
-    model = build(settings["architecture"], settings["backbone"])
-    model.load_state_dict(state["model"])
-    return model.to(device).eval(), settings
+    return common.load_model(build, path, device, classes)
 
 
 def train_data(args: argparse.Namespace) -> LabelMaps:

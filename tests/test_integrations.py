@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -314,6 +315,40 @@ def test_yolo_in_two_processes(yolo, tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run([sys.executable, *launch, str(tmp_path / "process.py"), str(tmp_path / "state.pt")], check=True)
     assert (yolo / "runs/two/weights/best.pt").exists()
+
+
+@pytest.mark.slow
+def test_yolo_student_is_pickled_while_it_trains(yolo):
+    """By a callback of the user's, as a plain student with the values of the moment."""
+    from ultralytics.nn.tasks import DetectionModel
+
+    saved = {}
+
+    def save(trainer):
+        file = io.BytesIO()
+        torch.save(trainer.model, file)
+        saved.update(file=file, values=[x.clone() for x in trainer.model.state_dict().values()])
+
+    train(yolo, "mgd", {"on_train_epoch_end": save}, options={})
+    saved["file"].seek(0)
+    model = torch.load(saved["file"], weights_only=False)
+    assert type(model) is DetectionModel
+    for x, y in zip(model.state_dict().values(), saved["values"], strict=True):
+        assert torch.equal(x, y)
+
+
+def test_yolo_teachers_of_every_kind(tmp_path):
+    """A YOLO turns itself into another class for some models."""
+    ultralytics = pytest.importorskip("ultralytics", reason="by `make test-models`")
+    from maskd_kernels.integrations.ultralytics import _loaded
+
+    world = ultralytics.YOLO("yolov8s-worldv2.yaml")
+    assert not isinstance(world, ultralytics.YOLO)
+    assert type(_loaded(world, torch.device("cpu"))) is type(world.model)
+    (tmp_path / "exported.onnx").touch()
+    exported = ultralytics.YOLO(tmp_path / "exported.onnx", task="detect")
+    with pytest.raises(TypeError, match="teacher: expected a PyTorch model, got str"):
+        _loaded(exported, torch.device("cpu"))
 
 
 @pytest.mark.slow

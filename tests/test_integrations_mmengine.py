@@ -374,7 +374,7 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"student: no layer 'nek'.*neck"):
         build({"student": "nek"})
     assert build(inherit="head").inherit == ["head"]
-    with pytest.raises(ValueError, match="iterations: expected 1 or more, got 0"):
+    with pytest.raises(ValueError, match="iterations: expected a positive whole number, got 0"):
         TokenTrainingHook(iterations=0)
     for channels, align, message in (
         ([16], ALIGN, r"expected 2 level\(s\) like teacher, got 1"),

@@ -6,6 +6,7 @@ import copy
 import functools
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,9 +68,9 @@ def prepare_teacher(
     refuse it.
 
     A half ``dtype`` is that of autocast, in which the copy then runs by itself when it is called (not where one of its
-    methods or layers is: use ``torch.autocast`` there), with the weights of convolutions and
-    linear layers cast once and for all. It takes the inputs that the teacher takes: images and boxes stay float32, and
-    what autocast deems fragile, norms that are left and all buffers too.
+    methods or layers is: use ``torch.autocast`` there), with the weights of convolutions and linear layers cast once
+    and for all. It takes the inputs that the teacher takes: images and boxes stay float32, and what autocast deems
+    fragile, norms that are left and all buffers too.
 
     Args:
         teacher: any model; wrappers of ``torch.compile`` and ``DistributedDataParallel`` are taken off.
@@ -117,12 +118,12 @@ def prepare_teacher(
     if isinstance(model, _UnderAutocast):  # prepared before
         dtype = dtype or model.half_dtype
         model.__class__ = type(model).__mro__[2]
-    before = _features(model, names, example_inputs)
+    with _noting_what_runs(model) as ran:
+        before = _features(model, names, example_inputs)
 
     report, checks = Preparation(), list[_Check]()
     model.preparation = report  # type: ignore[assignment]
     if fold_batch_norm:
-        ran = None if example_inputs is None else _that_run(model, example_inputs)
         checks = _fold(model, names, report, ran, whole=compile and example_inputs is None)
     if dtype is not None and dtype.itemsize < 4:
         _to_half(model, dtype)
@@ -210,7 +211,8 @@ def _nodes(value: Any) -> Iterator[fx.Node]:
             yield from _nodes(item)
 
 
-def _that_run(model: nn.Module, inputs: Any) -> set[str]:
+@contextmanager
+def _noting_what_runs(model: nn.Module) -> Iterator[set[str]]:
     """The layers whose own forward runs: a container's may not, when its layers are called one by one."""
     ran: set[str] = set()
     handles = [
@@ -218,17 +220,14 @@ def _that_run(model: nn.Module, inputs: Any) -> set[str]:
         for name, layer in model.named_modules()
     ]
     try:
-        args, kwargs = as_call(inputs)
-        with torch.no_grad():
-            model(*args, **kwargs)
+        yield ran
     finally:
         for handle in handles:
             handle.remove()
-    return ran
 
 
-def _trace(model: nn.Module, whole: bool, ran: set[str] | None) -> _Traces:
-    """Traces the model or, unless ``whole``, the largest pieces of it that can be, of the layers that ``ran``."""
+def _trace(model: nn.Module, whole: bool, ran: set[str]) -> _Traces:
+    """Traces the model or, unless ``whole``, the largest pieces of it that can be, of those that ``ran``, if known."""
     # Tracing may leave its values in the model: it gets a copy, with the same parameters and buffers.
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     scratch = copy.deepcopy(model, shared)
@@ -238,7 +237,7 @@ def _trace(model: nn.Module, whole: bool, ran: set[str] | None) -> _Traces:
         piece = pieces.pop()
         if not any(isinstance(m, _batch_norms()) for m in piece.modules()):
             continue
-        if ran is not None and layers[piece] not in ran:
+        if ran and layers[piece] not in ran:
             pieces += piece.children()
             continue
         inside = dict(piece.named_modules())
@@ -277,7 +276,7 @@ def _read_graph(traces: _Traces, graph: fx.Graph, tracer: _Tracer, piece: str, n
 # Folding
 
 
-def _fold(model: nn.Module, taps: list[str], report: Preparation, ran: set[str] | None, whole: bool) -> list[_Check]:
+def _fold(model: nn.Module, taps: list[str], report: Preparation, ran: set[str], whole: bool) -> list[_Check]:
     layers = dict(model.named_modules())
     norms = {name: layer for name, layer in layers.items() if isinstance(layer, _batch_norms())}
     tapped = [layers[name] for name in taps]

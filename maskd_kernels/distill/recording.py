@@ -31,6 +31,13 @@ class _Kept(NamedTuple):
     copy: Tensor | None  # from then
 
 
+class _FormPlan(NamedTuple):
+    """Of one form of inputs."""
+
+    plan: Plan | None
+    sizes: set[Hashable]  # that it has been seen to hold for
+
+
 class Recorder:
     """Runs one model, and records the outputs of some of its layers.
 
@@ -61,8 +68,7 @@ class Recorder:
         self._copied: set[tuple[str, int]] = set()  # layer, number of the tensor in its output
         self._learned: set[tuple[bool, bool]] = set()  # training; inference mode, which shows no change of a tensor
         self._learning = False
-        self._plans: dict[tuple[bool, Hashable], Plan | None] = {}
-        self._sizes: dict[tuple[bool, Hashable], set[Hashable]] = {}  # that a plan has been seen to hold for
+        self._plans: dict[tuple[bool, Hashable], _FormPlan] = {}
         self._thread = 0  # of the forward under way
         self._plan: Plan | None = None  # of the forward under way
         self._awaited: set[str] = set()
@@ -118,7 +124,7 @@ class Recorder:
         key, size = (model.training, form(args, kwargs)), sizes(args, kwargs)
         ends = not output and not self._runs_whole(model)
         watch = Watch() if ends and (learn or not self._planned(key, size)) else None
-        plan = self._plans[key] if ends and watch is None else None
+        plan = self._plans[key].plan if ends and watch is None else None
         if plan is not None and not plan.spares_hooks(model):
             plan = None
         self._records, self._learning, self._ended, self._thread = {}, learn, False, threading.get_ident()
@@ -141,17 +147,17 @@ class Recorder:
     def _planned(self, key: tuple[bool, Hashable], size: Hashable) -> bool:
         if key not in self._plans:
             return False
-        seen = self._sizes[key]
-        return self._plans[key] is None or size in seen or len(seen) >= _SIZES
+        plan, seen = self._plans[key]
+        return plan is None or size in seen or len(seen) >= _SIZES
 
     def _plan_for(self, key: tuple[bool, Hashable], size: Hashable, plan: Plan | None, anew: bool) -> None:
         if anew or key not in self._plans:
             if len(self._plans) >= _PLANS:
-                del self._sizes[oldest := next(iter(self._plans))], self._plans[oldest]
-            self._plans[key], self._sizes[key] = plan, {size}
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[key] = _FormPlan(plan, {size})
             return
-        before = self._plans[key]
-        self._sizes[key].add(size)
+        before, seen = self._plans[key]
+        seen.add(size)
         if before is None or plan is None or (plan.runs, plan.awaited) != (before.runs, before.awaited):
             self._whole = True
 

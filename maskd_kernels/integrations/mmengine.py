@@ -25,7 +25,7 @@ from torch.utils.data import Sampler
 from maskd_kernels.distill import Distiller, Layer, Tap, TokenTrainer
 from maskd_kernels.losses import AMDLoss, MasKDLoss, MasKDSegLoss, MaskModule, MGDLoss
 from maskd_kernels.losses.generation import Channels
-from maskd_kernels.validation import Levels, as_features, check_channels, match_count, match_features
+from maskd_kernels.validation import Levels, as_features, check_channels, check_count, match_count, match_features
 
 try:
     from mmengine.config import Config
@@ -196,9 +196,8 @@ class TokenTrainingHook(Hook):
         out: str | None = None,
         interval: int = 50,
     ) -> None:
-        if iterations < 1:
-            raise ValueError(f"iterations: expected 1 or more, got {iterations}")
-        self.iterations, self.min_lr, self.out, self.interval = iterations, min_lr, out, interval
+        self.iterations = check_count(iterations, "iterations")
+        self.min_lr, self.out, self.interval = min_lr, out, interval
         self.optimizer = dict(optimizer or {"type": "Adam", "lr": 0.01, "weight_decay": 0.001})
 
     def before_train(self, runner: Any) -> None:

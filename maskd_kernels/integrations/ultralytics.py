@@ -20,6 +20,7 @@ from maskd_kernels.distill import Distiller, Layer, Tap, TokenTrainer
 from maskd_kernels.functional import masked_mse
 from maskd_kernels.losses import AMDLoss, MasKDLoss, MGDLoss
 from maskd_kernels.losses.checkpoints import Source
+from maskd_kernels.validation import check_count
 
 try:
     from ultralytics import YOLO
@@ -382,8 +383,7 @@ def train_tokens(
     Raises:
         ValueError: no detector of boxes alone, or one of other classes than the data's; no iterations.
     """
-    if iterations < 1:
-        raise ValueError(f"iterations: expected 1 or more, got {iterations}")
+    check_count(iterations, "iterations")
     defaults = {"model": "yolo26n.yaml", "name": "tokens", "deterministic": False}
     run = DetectionTrainer(overrides={**defaults, **arguments, "data": str(data)})
     model = _loaded(teacher, run.device)

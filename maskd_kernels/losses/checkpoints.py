@@ -92,8 +92,7 @@ def load_tokens(module: nn.Module, source: Source, *, attribute: str) -> None:
                     found[single + key[at:]] = value
     where = "the given mapping" if isinstance(source, Mapping) else os.fspath(source)
     if not any(key.endswith("mask_token") for key in found):
-        some = ", ".join(list(state)[:3]) or "no tensors at its top level or under state_dict"
-        raise ValueError(f"pretrained: no receptive tokens (mask_token) in {where}, which holds {some}")
+        raise _without_tokens("pretrained", where, state)
     held, wanted = (len({key.split(".")[1] for key in keys}) for keys in (found, expected))
     if attribute == "mask_modules" and held != wanted:
         raise ValueError(f"pretrained: {where} holds {held} level(s), the module has {wanted}")
@@ -139,14 +138,18 @@ def read_tokens(source: Source) -> list[dict[str, Tensor]]:
         if "mask_token" in module:
             tokens[number] = module
     if not tokens:
-        some = ", ".join(list(state)[:3]) or "no tensors at its top level or under state_dict"
-        raise ValueError(f"tokens: no receptive tokens (mask_token) in {where}, which holds {some}")
+        raise _without_tokens("tokens", where, state)
     if sorted(tokens) != list(range(len(tokens))):
         raise ValueError(f"tokens: expected levels from 0 on in {where}, got {', '.join(map(str, sorted(tokens)))}")
     levels = [tokens[number] for number in range(len(tokens))]
     for number, level in enumerate(levels):
         _check_level(level, f"tokens: level {number} of {where}")
     return levels
+
+
+def _without_tokens(argument: str, where: str, state: Mapping[str, Tensor]) -> ValueError:
+    some = ", ".join(list(state)[:3]) or "no tensors at its top level or under state_dict"
+    return ValueError(f"{argument}: no receptive tokens (mask_token) in {where}, which holds {some}")
 
 
 def _check_level(level: Mapping[str, Tensor], where: str) -> None:
