@@ -57,7 +57,7 @@ class Walk(NamedTuple):
 # Scenario and kernel, of those that walk the feature maps.
 WALKS = {
     "loss receptive_stats.forward_kernel": Walk(2, 0),
-    "loss receptive_stats.backward_kernel": Walk(2, 1),
+    "loss receptive_stats.student_kernel": Walk(2, 1),
     "tokens receptive_stats.forward_kernel": Walk(2, 0),
     "tokens receptive_stats.backward_kernel": Walk(2, 2),
     "scale scale_pixels.forward_kernel": Walk(1, 1),

@@ -175,8 +175,12 @@ def width(body: Sequence[Instruction]) -> float:
     return sum(loads) / len(loads)
 
 
-def tiles(ttgir: str, reads: int, item_bytes: int) -> list[int]:
-    """Elements of each map that a step of each loop over features reads, all lanes together, in the code's order."""
+def tiles(ttgir: str, reads: int, writes: int, item_bytes: int) -> list[int]:
+    """Elements of each map that a step of each loop over features takes, all lanes together, in the code's order.
+
+    Those that it writes, where it does, as loops over pixels read other tensors of the same shape; else what it reads.
+    """
+    operation = r"tt\.store" if writes else r"(?:tt\.load|ttg\.async_copy_global_to_local)"
     found: list[Counter[tuple[int, ...]]] = []
     stack: list[int | None] = []  # the loop that an opened region is
     for line in ttgir.splitlines():
@@ -184,7 +188,7 @@ def tiles(ttgir: str, reads: int, item_bytes: int) -> list[int]:
         if text.startswith("}"):
             stack.pop()
         inside = next((i for i in reversed(stack) if i is not None), None)
-        load = re.search(r"(?:tt\.load|ttg\.async_copy_global_to_local) .*: tensor<((?:\d+x)+)!tt\.ptr<(\w+)>", text)
+        load = re.search(rf"{operation} .*: tensor<((?:\d+x)+)!tt\.ptr<(\w+)>", text)
         size = ITEM_BYTES.get(load.group(2), 0) if load and (load.group(2) != "f32" or item_bytes == 4) else 0
         if load and inside is not None and size >= item_bytes:
             shape = (*(int(n) for n in load.group(1).split("x")[:-1]), size // item_bytes)
@@ -198,7 +202,7 @@ def tiles(ttgir: str, reads: int, item_bytes: int) -> list[int]:
     for shapes in found:
         totals = [_product(shape) * count for shape, count in shapes.items() if len(shape) > 2]
         if totals:
-            result.append(max(totals) // reads)
+            result.append(max(totals) // (writes or reads))
     return result
 
 
@@ -250,14 +254,14 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
 
 
-def count(kernel: Any, reads: int, item_bytes: int) -> Code:
-    """What a compiled kernel is made of; ``reads``: feature maps that its loops read, of this size of an element."""
+def count(kernel: Any, reads: int, writes: int, item_bytes: int) -> Code:
+    """What a compiled kernel is made of, whose loops read and write so many feature maps of this size of an element."""
     used = resources(kernel.asm["cubin"])
     warps = kernel.metadata.num_warps
     code = disassemble(kernel.asm["cubin"])
     # Triton's own code has the loop for whole vectors first; what compilers make of it need not.
     bodies = sorted(loops(code), key=width, reverse=True) if reads else []
-    sizes = tiles(kernel.asm["ttgir"], reads, item_bytes) if reads else []
+    sizes = tiles(kernel.asm["ttgir"], reads, writes, item_bytes) if reads else []
     written = sorted(loops(parse_ptx(kernel.asm["ptx"])), key=width, reverse=True) if reads else []
     if not len(bodies) == len(sizes) == len(written):
         found = f"{len(sizes)} in Triton's code, {len(written)} in PTX, {len(bodies)} in machine code"

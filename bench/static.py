@@ -26,7 +26,7 @@ def describe(compiled: Any) -> dict[str, Any]:
 
     walk = WALKS[f"{compiled.scenario} {compiled.name}"]
     try:
-        code = count(compiled.kernel, walk.reads, itemsize(compiled))
+        code = count(compiled.kernel, *walk, itemsize(compiled))
     except ValueError as error:
         raise ValueError(f"{compiled.key}: {error}") from error
     warps = resident_warps(compiled.architecture, code.registers, code.shared_bytes, code.warps)

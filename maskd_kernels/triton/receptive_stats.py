@@ -1,10 +1,12 @@
 """Triton kernels of ``receptive_stats``.
 
-Forward equation, gradients and traffic: csrc/receptive_stats.h and reference.py. One program takes a tile of pixels of
-one image on one level and walks its channels, ``GROUPS x CHANNELS`` of them at a step: those of a group lie within a
-thread, so that sums over channels stay in registers, pixel by pixel, until the walk ends; only then are groups, of
-other lanes and warps, added up. So few tokens are served by plain multiply-adds; many take tensor cores, with
-float32's accuracy by three TF32 products each (``tf32x3``).
+Forward equation, gradients and traffic: csrc/receptive_stats.h and reference.py. How lanes share the features:
+blocks.py. Few tokens are served by plain multiply-adds; many take tensor cores, with float32's accuracy by three TF32
+products each (``tf32x3``).
+
+Forward, and backward where the student's gradient alone is wanted, a program takes a tile of pixels of one image on one
+level and walks its channels. Backward otherwise, it takes some channels and walks pixels, so that sums over pixels,
+the tokens' gradients, stay in registers; a kernel before has worked out what is multiplied at each pixel.
 
 Sums over a channel's pixels are those of whole tiles; what taps of the weighting's convolution miss, the borders of
 the image, programs of their own add up. Each program writes its own partial sums and a second kernel adds them in a
@@ -23,6 +25,25 @@ from torch import Tensor
 
 from maskd_kernels.ops import layout
 from maskd_kernels.reference import ReceptiveStats
+from maskd_kernels.triton.blocks import (
+    Step,
+    channels_of,
+    destination,
+    entries,
+    further,
+    over_groups,
+    over_pixels,
+    over_warps,
+    pixels_of,
+    read_block,
+    read_channels,
+    read_pixels,
+    source,
+    stacked,
+    tile_of,
+    write_block,
+    zeros,
+)
 from maskd_kernels.triton.common import (
     WIDE,
     Maps,
@@ -50,22 +71,20 @@ from maskd_kernels.triton.streams import is_wide, read
 
 PRECISION = tl.constexpr("tf32x3")
 LINES = tl.constexpr(8)  # of an image's border: first row, last row, first column, last column; their corners
+EDGES = tl.constexpr(16)  # what a pixel may lie on: first row (1), last row (2), first column (4), last column (8)
+SLOPES_P = 128  # pixels of a program of slopes_kernel, at most
 
 
-class Step(NamedTuple):
-    """Of the walk over channels, as constants of a kernel."""
+class Case(NamedTuple):
+    """What is asked for, as constants of a kernel."""
 
-    GROUPS: int  # of channels, each walked by lanes or warps of its own; 0: by tensor cores
-    CHANNELS: int  # of a group
-    TOKENS: int  # of these: whose tokens are in registers at a time
-    PIXELS: int  # of a tile
-    WIDTH: int  # of these: what lanes have between them, one vector each
-    WARPS: int
-    NARROW: bool  # rows are not whole vectors, or pixels are missing
-    INTERLEAVED: bool  # the teacher's layout
-    EVEN: bool  # channels fill whole steps, and need no mask
-    ALL: int  # the channels of every level; 0: they differ
-    DENSE: bool  # rows of channels follow each other
+    K: int
+    K_PAD: int
+    STUDENT: bool  # there is one
+    CUSTOMIZE: bool
+    SUMS: bool  # are wanted, or their gradients are given
+    T_INTERLEAVED: bool
+    S_INTERLEAVED: bool
 
 
 class Features(NamedTuple):
@@ -99,370 +118,133 @@ class Places(NamedTuple):
     row_size: Any  # of partial sums
 
 
-class Tile(NamedTuple):
-    """A program's share of a level."""
-
-    level: Any
-    n: Any  # int64
-    first: Any  # pixel
-    channels: Any  # a constant, where all levels have as many
-    end: Any  # their number, which is none: short loops are not unrolled
-    pixels: Any
-    column: Any  # of the first pixel, where levels share a tensor
-    group: Any  # [GROUPS, 1, 1] first channels of the first step
-    pixel: Any  # [1, PARTS, WIDTH] of the tile
-    exists: Any  # likewise
-
-
-class Plane(NamedTuple):
-    """A map of a level, where a program's walk begins."""
-
-    at: Any  # pointers: [GROUPS, PARTS, WIDTH], or with all channels of a thread [GROUPS, 1, PIXELS, CHANNELS]
-    rest: Any  # from a channel to the next
-    step: Any  # from one step's to the next's
-
-
 @triton.jit
-def tile_of(tile, levels, places, STEP: tl.constexpr):
-    """This tile of the grid."""
-    level = level_of(tile, levels)
-    first = (tile - integer(levels.first_tile, level)) * STEP.PIXELS
-    channels, pixels = integer(levels.channels, level), integer(levels.pixels, level)
-    end = channels
-    if STEP.ALL:
-        channels = STEP.ALL
-    elif STEP.INTERLEAVED and not STEP.NARROW:
-        channels = aligned(channels, WIDE)
-    pixel = tl.arange(0, STEP.PIXELS // STEP.WIDTH)[:, None] * STEP.WIDTH + tl.arange(0, STEP.WIDTH)[None, :]
-    group = tl.arange(0, STEP.GROUPS) * STEP.CHANNELS
-    column = integer(places.pixel_offsets, level) + first
-    if STEP.NARROW:
-        exists = first + pixel < pixels
-    else:
-        exists = tl.full(pixel.shape, 1, tl.int1)
-    n = tl.program_id(1).to(tl.int64)
-    return Tile(
-        level, n, first, channels, end, pixels, column, group[:, None, None], pixel[None, :, :], exists[None, :, :]
-    )
-
-
-@triton.jit
-def plane_of(pointers, strides, tile, STEP: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """A map of the tile's level: element by element, where it is not laid out as the tile is walked."""
-    pointer, stride_n = pick(pointers, tile.level), integer(strides.image, tile.level)
-    stride = integer(strides.rest, tile.level)
-    if STEP.NARROW or INTERLEAVED != STEP.INTERLEAVED:
-        stride = stride.to(tl.int64)
-        if INTERLEAVED:
-            at = pointer + (tile.n * stride_n + tile.first * stride) + (tile.group + tile.pixel * stride)
-            plane = Plane(at, 1, STEP.GROUPS * STEP.CHANNELS)
-        else:
-            at = pointer + (tile.n * stride_n + tile.first) + (tile.group * stride + tile.pixel)
-            plane = Plane(at, stride, STEP.GROUPS * STEP.CHANNELS * stride)
-    else:
-        # Bfloat16 in pairs, as the compiler's own way of widening two elements takes three instructions.
-        PAIR: tl.constexpr = 2 if pointer.dtype.element_ty == tl.bfloat16 else 1
-        ALIGN: tl.constexpr = WIDE // PAIR
-        if PAIR == 2:
-            pointer = pointer.to(tl.pointer_type(tl.int32), bitcast=True)
-        pointer += tile.n * aligned(stride_n // PAIR, ALIGN)
-        if INTERLEAVED:
-            if STEP.DENSE:
-                stride = STEP.ALL // PAIR
-            else:
-                stride = aligned(stride // PAIR, ALIGN).to(tl.int64)
-            SIZE: tl.constexpr = STEP.CHANNELS // PAIR
-            pixel = tl.arange(0, STEP.PIXELS)[None, None, :, None] * stride
-            channel = tl.arange(0, STEP.GROUPS)[:, None, None, None] * SIZE + tl.arange(0, SIZE)[None, None, None, :]
-            at = pointer + tile.first.to(tl.int64) * stride + (pixel + channel)
-            plane = Plane(at, 1, STEP.GROUPS * SIZE)
-        else:
-            stride = aligned(stride // PAIR, ALIGN).to(tl.int64)
-            WIDTH: tl.constexpr = STEP.WIDTH // PAIR
-            pixel = tl.arange(0, STEP.PIXELS // STEP.WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-            at = pointer + tile.first // PAIR + (tile.group * stride + pixel[None, :, :])
-            plane = Plane(at, stride, STEP.GROUPS * STEP.CHANNELS * stride)
-    return plane
-
-
-@triton.jit
-def widened(at, valid):
-    """What is there, in float32; of pairs of bfloat16, twice as many along the last axis."""
-    if at.dtype.element_ty == tl.int32:
-        both = tl.load(at, mask=valid, other=0)
-        both = tl.join(both << 16, both & -65536).to(tl.float32, bitcast=True)
-        if len(at.shape) == 4:
-            value = tl.reshape(both, [at.shape[0], at.shape[1], at.shape[2], 2 * at.shape[3]])
-        else:
-            value = tl.reshape(both, [at.shape[0], at.shape[1], 2 * at.shape[2]])
-    else:
-        value = tl.load(at, mask=valid, other=0.0).to(tl.float32)
-    return value
-
-
-@triton.jit
-def entries(x):
-    """A tuple of what lies along the last axis, which is within a thread: nothing moves."""
-    if x.shape[len(x.shape) - 1] == 1:
-        result = (tl.sum(x, len(x.shape) - 1),)
-    else:
-        HALF: tl.constexpr = x.shape[len(x.shape) - 1] // 2
-        if len(x.shape) == 4:
-            even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2], HALF, 2]))
-        else:
-            even, odd = tl.split(tl.reshape(x, [x.shape[0], HALF, 2]))
-        even, odd = entries(even), entries(odd)
-        result = ()
-        for i in tl.static_range(HALF):
-            result = result + (even[i], odd[i])
-    return result
-
-
-@triton.jit
-def stacked(x, FIRST: tl.constexpr, STRIDE: tl.constexpr):
-    """What ``entries`` takes apart: of a tuple's entries, from the first on, by this stride, along a new last axis."""
-    if len(x) <= FIRST + STRIDE:
-        result = tl.expand_dims(x[FIRST], -1)
-    else:
-        both = tl.join(stacked(x, FIRST, 2 * STRIDE), stacked(x, FIRST + STRIDE, 2 * STRIDE))
-        if len(both.shape) == 5:
-            result = tl.reshape(both, [both.shape[0], both.shape[1], both.shape[2], 2 * both.shape[3]])
-        elif len(both.shape) == 4:
-            result = tl.reshape(both, [both.shape[0], both.shape[1], 2 * both.shape[2]])
-        else:
-            result = tl.reshape(both, [both.shape[0], 2 * both.shape[1]])
-    return result
-
-
-@triton.jit
-def present(start, tile, STEP: tl.constexpr):
-    """Which elements there are of each group's channel ``start`` on, [GROUPS, 1 or PARTS, 1 or WIDTH]."""
-    if STEP.EVEN:
-        valid = tl.full(tile.group.shape, 1, tl.int1)
-    else:
-        valid = start + tile.group < tile.channels
-    if STEP.NARROW:
-        valid = valid & tile.exists
-    return valid
-
-
-@triton.jit
-def element(vectors, plane, at, j: tl.constexpr, valid):
-    """A step's channel j of each group."""
-    if len(at.shape) == 4:
-        value = vectors[j]
-    else:
-        value = widened(at + j * plane.rest, valid)
-    return value
-
-
-@triton.jit
-def vectors_at(at, valid):
-    """A step's channels, where a thread reads all of its own at once."""
-    if len(at.shape) == 4:
-        value = entries(widened(at, valid[:, :, :, None]))
-    else:
-        value = ()
-    return value
-
-
-@triton.jit
-def read_tokens(at, start, channels, K: tl.constexpr, STEP: tl.constexpr):
-    """K tuples of each token's next ``TOKENS`` entries, [GROUPS] each."""
-    result = ()
-    for k in tl.static_range(K):
-        if STEP.EVEN:
-            e = tl.load(at + k * channels)
-        else:
-            c = start + tl.arange(0, STEP.GROUPS)[:, None] * STEP.CHANNELS + tl.arange(0, STEP.TOKENS)[None, :]
-            e = tl.load(at + k * channels, mask=c < channels, other=0.0)
-        result = result + (entries(e),)
-    return result
-
-
-@triton.jit
-def over_pixels(x, STEP: tl.constexpr):
-    """Sums of [GROUPS, PARTS, WIDTH] over pixels, [GROUPS]; [GROUPS, WARPS] where warps lie along pixels."""
-    if STEP.INTERLEAVED:
-        LANES: tl.constexpr = 32 // STEP.GROUPS
-        x = tl.reshape(x, [STEP.GROUPS, STEP.PIXELS // (LANES * STEP.WARPS), STEP.WARPS, LANES])
-        total = tl.sum(tl.sum(x, 1), 2)
-    else:
-        total = tl.sum(tl.sum(x, 1), 1)
-    return total
-
-
-@triton.jit
-def over_warps(x):
-    """Sums of many channels over what ``over_pixels`` left."""
-    if len(x.shape) == 3:
-        x = tl.sum(x, 1)
-    return x
-
-
-@triton.jit
-def walk(
-    features,
-    sums_to,
-    tile,
-    K: tl.constexpr,
-    HAS_STUDENT: tl.constexpr,
-    CUSTOMIZE: tl.constexpr,
-    SUMS: tl.constexpr,
-    STUDENT_INTERLEAVED: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """Sums over a group's channels, [GROUPS, PARTS, WIDTH] each: distance, logits, the student's if customized."""
-    t = plane_of(features.teacher, features.teacher_strides, tile, STEP, STEP.INTERLEAVED)
-    s = plane_of(features.student, features.student_strides, tile, STEP, STUDENT_INTERLEAVED)
-    t_at, s_at = t.at, s.at
-    channel = tl.arange(0, STEP.GROUPS)[:, None] * STEP.CHANNELS + tl.arange(0, STEP.TOKENS)[None, :]
-    e_at = pick(features.tokens, tile.level) + channel
+def walk(features, sums_to, tile, CASE: tl.constexpr, STEP: tl.constexpr):
+    """Sums over each lane's channels, a tuple of vectors of pixels: distance, logits, the student's logits."""
     CHANNELS: tl.constexpr = STEP.CHANNELS
-    to = tl.arange(0, STEP.GROUPS)[:, None] * STEP.CHANNELS + tl.arange(0, STEP.CHANNELS)[None, :]
-    sums_to += to
-    sums = ()
-    for _ in tl.static_range(K + K * CUSTOMIZE + 1):
-        sums = sums + (tl.full([STEP.GROUPS, tile.pixel.shape[1], tile.pixel.shape[2]], 0.0, tl.float32),)
+    K: tl.constexpr = CASE.K
+    t = source(features.teacher, features.teacher_strides, tile, STEP, CASE.T_INTERLEAVED)
+    s = source(features.student, features.student_strides, tile, STEP, CASE.S_INTERLEAVED)
+    t_at, s_at, e_at = t.at, s.at, pick(features.tokens, tile.level) + tile.channel
+    channels, sums = channels_of(STEP), ()
+    for _ in tl.static_range(1 + K + K * CASE.CUSTOMIZE):
+        sums = sums + (zeros(STEP.VECTOR, STEP),)
     for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
-        valid = present(start, tile, STEP)
-        ts = vectors_at(t_at, valid)
-        if HAS_STUDENT:
-            ss = vectors_at(s_at, valid)
+        x = read_block(t_at, t, tile, start, STEP)
+        y = x
+        if CASE.STUDENT:
+            y = read_block(s_at, s, tile, start, STEP)
         totals = ()
         for j in tl.static_range(CHANNELS):
             if j % STEP.TOKENS == 0:
-                tokens = read_tokens(e_at + j, start + j, tile.channels, K, STEP)
-            valid = present(start + j, tile, STEP)
-            x = element(ts, t, t_at, j, valid)
-            distance = sums[0]
-            if HAS_STUDENT:
-                y = element(ss, s, s_at, j, valid)
-                distance += (y - x) * (y - x)
-            new = (distance,)
-            for k in tl.static_range(K):
-                new = new + (sums[1 + k] + tokens[k][j % STEP.TOKENS][:, None, None] * x,)
-            if CUSTOMIZE:
+                tokens = ()
                 for k in tl.static_range(K):
-                    new = new + (sums[1 + K + k] + tokens[k][j % STEP.TOKENS][:, None, None] * y,)
-            if SUMS:
-                totals = totals + (over_pixels(x, STEP),)
+                    tokens = tokens + read_channels(e_at + k * tile.channels, j, STEP.TOKENS, tile, start, STEP)
+            new = (sums[0] + (y[j] - x[j]) * (y[j] - x[j]),)
+            for m in tl.static_range(1, len(sums)):
+                new = new + (sums[m] + tokens[(m - 1) % K * STEP.TOKENS + j % STEP.TOKENS] * (y if m > K else x)[j],)
             sums = new
-        if SUMS:
-            if STEP.EVEN:
-                tl.store(sums_to, over_warps(stacked(totals, 0, 1)))
-            else:
-                left = tile.channels - start - tl.arange(0, STEP.GROUPS)[:, None] * STEP.CHANNELS
-                real = tl.arange(0, STEP.CHANNELS)[None, :] < left
-                tl.store(sums_to, over_warps(stacked(totals, 0, 1)), mask=real)
+            if CASE.SUMS:
+                totals = totals + (over_pixels(x[j], STEP),)
+        if CASE.SUMS:
+            tl.store(sums_to + channels, over_warps(stacked(totals)), mask=is_channel(start + channels, tile, STEP))
         sums_to += STEP.GROUPS * STEP.CHANNELS
         e_at += STEP.GROUPS * STEP.CHANNELS
-        t_at += t.step
-        s_at += s.step
+        t_at += t.next_channels
+        s_at += s.next_channels
     return sums
 
 
 @triton.jit
-def walk_by_dot(
-    features,
-    sums_to,
-    tile,
-    K_PAD: tl.constexpr,
-    K: tl.constexpr,
-    HAS_STUDENT: tl.constexpr,
-    CUSTOMIZE: tl.constexpr,
-    SUMS: tl.constexpr,
-    STUDENT_INTERLEAVED: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """The same for many tokens: [K_PAD, PIXELS] logits, the student's likewise, [PIXELS] distance."""
-    k, p = tl.arange(0, K_PAD), tl.arange(0, STEP.PIXELS)
-    t = dot_plane(features.teacher, features.teacher_strides, tile, STEP, STEP.INTERLEAVED)
-    s = dot_plane(features.student, features.student_strides, tile, STEP, STUDENT_INTERLEAVED)
+def is_channel(c, tile, STEP: tl.constexpr):
+    """Which of these there are."""
+    if STEP.EVEN:
+        result = tl.full(c.shape, 1, tl.int1)
+    else:
+        result = c < tile.channels
+    return result
+
+
+@triton.jit
+def walk_by_dot(features, sums_to, tile, CASE: tl.constexpr, STEP: tl.constexpr):
+    """The same for many tokens: [PIXELS] distance, [K_PAD, PIXELS] logits, the student's likewise."""
+    k, p = tl.arange(0, CASE.K_PAD), tl.arange(0, STEP.SPAN)
+    t_at, t_step = dot_plane(features.teacher, features.teacher_strides, tile, STEP, CASE.T_INTERLEAVED)
+    s_at, s_step = dot_plane(features.student, features.student_strides, tile, STEP, CASE.S_INTERLEAVED)
     tokens = pick(features.tokens, tile.level)
-    logits = tl.full([K_PAD, STEP.PIXELS], 0.0, tl.float32)
+    logits = tl.full([CASE.K_PAD, STEP.SPAN], 0.0, tl.float32)
     student_logits = logits
-    d = tl.full([STEP.CHANNELS, STEP.PIXELS], 0.0, tl.float32)
-    t_at, s_at = t.at, s.at
+    d = tl.full([STEP.CHANNELS, STEP.SPAN], 0.0, tl.float32)
     for start in range(0, tile.end, STEP.CHANNELS):
         c = start + tl.arange(0, STEP.CHANNELS)
         valid = (c < tile.channels)[:, None] & (tile.first + p < tile.pixels)[None, :]
-        x = tl.load(t_at, mask=valid, other=0.0).to(tl.float32)  # [CHANNELS, PIXELS]
+        x = read(t_at, valid)  # [CHANNELS, PIXELS]
         e_at = k[:, None] * tile.channels + c[None, :]
-        e = tl.load(tokens + e_at, mask=(k < K)[:, None] & (c < tile.channels)[None, :], other=0.0)
+        e = read(tokens + e_at, (k < CASE.K)[:, None] & (c < tile.channels)[None, :])
         logits = tl.dot(e, x, logits, input_precision=PRECISION)
-        if HAS_STUDENT:
-            y = tl.load(s_at, mask=valid, other=0.0).to(tl.float32)
+        if CASE.STUDENT:
+            y = read(s_at, valid)
             d += (y - x) * (y - x)
-            if CUSTOMIZE:
+            if CASE.CUSTOMIZE:
                 student_logits = tl.dot(e, y, student_logits, input_precision=PRECISION)
-        if SUMS:
+        if CASE.SUMS:
             tl.store(sums_to + c, tl.sum(x, 1), mask=c < tile.channels)
-        t_at += t.step
-        s_at += s.step
-    return logits, student_logits, tl.sum(d, 0)
+        t_at += t_step
+        s_at += s_step
+    return tl.sum(d, 0), logits, student_logits
 
 
 @triton.jit
 def dot_plane(pointers, strides, tile, STEP: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """A map of the tile's level, [CHANNELS, PIXELS] at a time."""
+    """Pointers to a map of the tile's level, [CHANNELS, PIXELS], and from one step's to the next's."""
     stride_n, stride = integer(strides.image, tile.level), integer(strides.rest, tile.level)
     if not STEP.NARROW:
         stride_n, stride = aligned(stride_n, WIDE), aligned(stride, WIDE)
-    c, p = tl.arange(0, STEP.CHANNELS), tile.first + tl.arange(0, STEP.PIXELS)
+    c, p = tl.arange(0, STEP.CHANNELS), tile.first + tl.arange(0, STEP.SPAN)
     at = pick(pointers, tile.level) + feature_offsets(tile.n, c, p, stride_n, stride, INTERLEAVED)
     step = STEP.CHANNELS
     if not INTERLEAVED:
         step = STEP.CHANNELS * stride.to(tl.int64)
-    return Plane(at, stride, step)
+    return at, step
 
 
 @triton.jit
-def statistics(
-    out,
-    customize,
-    tile,
-    partial,
-    total_pixels,
-    K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    HAS_STUDENT: tl.constexpr,
-    CUSTOMIZE: tl.constexpr,
-    STEP: tl.constexpr,
-):
+def statistics(out, customize, tile, column, partial, total_pixels, CASE: tl.constexpr, STEP: tl.constexpr):
     """Masks of the tile's logits, which lie where masks go, and sums over them. Threads divide them up anew."""
+    K: tl.constexpr = CASE.K
+    K_PAD: tl.constexpr = CASE.K_PAD
     tl.debug_barrier()
     # Warps lie along the masks, so that sums over pixels stay within a warp.
-    k, p = tl.arange(0, K_PAD)[:, None, None], tl.arange(0, STEP.PIXELS // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    k, p = tl.arange(0, K_PAD)[:, None, None], tl.arange(0, STEP.SPAN // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
     if STEP.NARROW:
         inside = tile.first + p < tile.pixels
     else:
         inside = tl.full(p.shape, 1, tl.int1)
     real = (k < K) & inside[None, :, :]
-    at = (tile.n * K + k) * total_pixels + (tile.column + p)[None, :, :]
+    at = (tile.n * K + k) * total_pixels + (column + p)[None, :, :]
     m = tl.load(out.masks + at, mask=real, other=0.0)
-    if CUSTOMIZE:
+    if CASE.CUSTOMIZE:
         teacher = tl.load(out.teacher_masks + at, mask=real, other=0.0)
     tl.debug_barrier()
     m = tl.where(real, tl.sigmoid(m), 0.0)  # [K_PAD, PIXELS / 32, 32]
-    if CUSTOMIZE:
+    if CASE.CUSTOMIZE:
         teacher = tl.where(real, tl.sigmoid(teacher), 0.0)
         tl.store(out.teacher_masks + at, teacher, mask=real)
         m = tl.where(tl.load(customize) != 0, teacher * m, teacher)
     tl.store(out.masks + at, m, mask=real)
     k = tl.arange(0, K_PAD)
     tl.store(partial + k, tl.sum(tl.sum(m, 1), 1), mask=k < K)
-    if HAS_STUDENT:
-        d = tl.load(out.distance + tile.n * total_pixels + (tile.column + p), mask=inside, other=0.0)
+    if CASE.STUDENT:
+        d = tl.load(out.distance + tile.n * total_pixels + (column + p), mask=inside, other=0.0)
         tl.store(partial + K + k, tl.sum(tl.sum(m * m * d[None, :, :], 1), 1), mask=k < K)
     partial += 2 * K
     if K_PAD < 16:
         tl.debug_barrier()
         for j in tl.static_range(K):
-            other = tl.load(out.masks + (tile.n * K + j) * total_pixels + (tile.column + p), mask=inside, other=0.0)
+            other = tl.load(out.masks + (tile.n * K + j) * total_pixels + (column + p), mask=inside, other=0.0)
             tl.store(partial + k * K + j, tl.sum(tl.sum(m * other[None, :, :], 1), 1), mask=k < K)
     else:
-        m = tl.reshape(m, [K_PAD, STEP.PIXELS])
+        m = tl.reshape(m, [K_PAD, STEP.SPAN])
         gram = tl.dot(m, tl.trans(m), input_precision=PRECISION)
         tl.store(partial + k[:, None] * K + k[None, :], gram, mask=(k < K)[:, None] & (k < K)[None, :])
 
@@ -496,121 +278,73 @@ def border(pointers, strides, borders, levels, places, index, BLOCK: tl.constexp
 
 
 @triton.jit
-def forward_tile(
-    features,
-    out,
-    customize,
-    levels,
-    places,
-    K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    HAS_STUDENT: tl.constexpr,
-    CUSTOMIZE: tl.constexpr,
-    SUMS: tl.constexpr,
-    SUMS_AT: tl.constexpr,
-    STUDENT_INTERLEAVED: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    tile = tile_of(tl.program_id(0), levels, places, STEP)
-    partial = out.partials + partial_row(tl.program_id(0), tile.n, tile.level, levels) * decode(places.row_size)
-    total_pixels = decode(places.total_pixels)
-    d_at = out.distance + tile.n * total_pixels + tile.column
-    if STEP.TOKENS > 0:
-        sums = walk(
-            features,
-            partial + SUMS_AT,
-            tile,
-            K,
-            HAS_STUDENT,
-            CUSTOMIZE,
-            SUMS,
-            STUDENT_INTERLEAVED,
-            STEP,
-        )
-        pixel, exists = tl.sum(tile.pixel, 0), tl.sum(tile.exists.to(tl.int32), 0) > 0
-        for k in tl.static_range(K + K * CUSTOMIZE):
-            masks = out.teacher_masks if CUSTOMIZE and k < K else out.masks
-            to = masks + (tile.n * K + k % K) * total_pixels + tile.column
-            tl.store(to + pixel, tl.sum(sums[1 + k], 0), mask=exists)
-        if HAS_STUDENT:
-            tl.store(d_at + pixel, tl.sum(sums[0], 0), mask=exists)
-    else:
-        logits, student_logits, d = walk_by_dot(
-            features,
-            partial + SUMS_AT,
-            tile,
-            K_PAD,
-            K,
-            HAS_STUDENT,
-            CUSTOMIZE,
-            SUMS,
-            STUDENT_INTERLEAVED,
-            STEP,
-        )
-        k, p = tl.arange(0, K_PAD), tl.arange(0, STEP.PIXELS)
-        inside = tile.first + p < tile.pixels
-        to = (tile.n * K + k[:, None]) * total_pixels + (tile.column + p)[None, :]
-        real = (k < K)[:, None] & inside[None, :]
-        if CUSTOMIZE:
-            tl.store(out.teacher_masks + to, logits, mask=real)
-            tl.store(out.masks + to, student_logits, mask=real)
-        else:
-            tl.store(out.masks + to, logits, mask=real)
-        if HAS_STUDENT:
-            tl.store(d_at + p, d, mask=inside)
-    if K > 0:
-        statistics(out, customize, tile, partial, total_pixels, K, K_PAD, HAS_STUDENT, CUSTOMIZE, STEP)
-
-
-@triton.jit
 def forward_kernel(
     features,  # Features
     out,  # Results
     customize,  # [] bool
     levels,
     places,  # Places
-    K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    HAS_STUDENT: tl.constexpr,
-    CUSTOMIZE: tl.constexpr,
-    SUMS: tl.constexpr,
+    CASE: tl.constexpr,
     SUMS_AT: tl.constexpr,
-    STUDENT_INTERLEAVED: tl.constexpr,
-    STEP: tl.constexpr,
-    NARROW_STEP: tl.constexpr,  # where rows are not whole vectors, or pixels are missing
     BORDER_C: tl.constexpr,
+    STEP: tl.constexpr,
+    NARROW_STEP: tl.constexpr,
 ):
+    index = tl.program_id(0)
     tiles = decode(levels.first_tile[len(levels.tiles) - 1]) + decode(levels.tiles[len(levels.tiles) - 1])
-    if tl.program_id(0) < tiles:
+    if index < tiles:
         for narrow in tl.static_range(2):
-            if is_wide(tl.program_id(0), levels, STEP.PIXELS) != narrow:
+            if is_wide(index, levels, STEP.SPAN) != narrow:
                 forward_tile(
-                    features,
-                    out,
-                    customize,
-                    levels,
-                    places,
-                    K,
-                    K_PAD,
-                    HAS_STUDENT,
-                    CUSTOMIZE,
-                    SUMS,
-                    SUMS_AT,
-                    STUDENT_INTERLEAVED,
-                    NARROW_STEP if narrow else STEP,
+                    index, features, out, customize, levels, places, CASE, SUMS_AT, NARROW_STEP if narrow else STEP
                 )
-    elif SUMS:
-        index = tl.program_id(0) - tiles
+    elif CASE.SUMS:
         border(
             features.teacher,
             features.teacher_strides,
             out.borders,
             levels,
             places,
-            index,
+            index - tiles,
             BORDER_C,
-            STEP.INTERLEAVED,
+            CASE.T_INTERLEAVED,
         )
+
+
+@triton.jit
+def forward_tile(
+    index, features, out, customize, levels, places, CASE: tl.constexpr, SUMS_AT: tl.constexpr, STEP: tl.constexpr
+):
+    K: tl.constexpr = CASE.K
+    tile = tile_of(index, levels, 0, STEP)
+    column = integer(places.pixel_offsets, tile.level) + tile.first
+    partial = out.partials + partial_row(index, tile.n, tile.level, levels) * decode(places.row_size)
+    total_pixels = decode(places.total_pixels)
+    d_at = out.distance + tile.n * total_pixels + column
+    if STEP.GROUPS > 0:
+        sums = walk(features, partial + SUMS_AT, tile, CASE, STEP)
+        pixel = pixels_of(STEP.VECTOR, STEP)
+        exists = tile.first + pixel < tile.pixels
+        for m in tl.static_range(K + K * CASE.CUSTOMIZE):
+            masks = out.teacher_masks if CASE.CUSTOMIZE and m < K else out.masks
+            to = masks + (tile.n * K + m % K) * total_pixels + column
+            tl.store(to + pixel, over_groups(sums[1 + m], STEP), mask=exists)
+        if CASE.STUDENT:
+            tl.store(d_at + pixel, over_groups(sums[0], STEP), mask=exists)
+    else:
+        d, logits, student_logits = walk_by_dot(features, partial + SUMS_AT, tile, CASE, STEP)
+        k, p = tl.arange(0, CASE.K_PAD), tl.arange(0, STEP.SPAN)
+        inside = tile.first + p < tile.pixels
+        to = (tile.n * K + k[:, None]) * total_pixels + (column + p)[None, :]
+        real = (k < K)[:, None] & inside[None, :]
+        if CASE.CUSTOMIZE:
+            tl.store(out.teacher_masks + to, logits, mask=real)
+            logits = student_logits
+        tl.store(out.masks + to, logits, mask=real)
+        if CASE.STUDENT:
+            tl.store(d_at + p, d, mask=inside)
+    if K > 0:
+        statistics(out, customize, tile, column, partial, total_pixels, CASE, STEP)
 
 
 class Reduced(NamedTuple):
@@ -629,12 +363,12 @@ def reduce_stats_kernel(
     out,  # Reduced
     levels,
     places,
-    K: tl.constexpr,
-    HAS_STUDENT: tl.constexpr,
+    CASE: tl.constexpr,
     SUMS_AT: tl.constexpr,  # a multiple of BLOCK
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    K: tl.constexpr = CASE.K
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n = tl.program_id(1)
     level = tl.program_id(2)
@@ -652,7 +386,7 @@ def reduce_stats_kernel(
     if statistic:
         if K > 0:
             tl.store(out.mass + at * K + i, total, mask=i < K)
-            if HAS_STUDENT:
+            if CASE.STUDENT:
                 tl.store(out.error + at * K + (i - K), total, mask=(i >= K) & (i < 2 * K))
             tl.store(out.gram + at * (K * K) + (i - 2 * K), total, mask=(i >= 2 * K) & (i < 2 * K + K * K))
     else:
@@ -682,7 +416,7 @@ class Upstream(NamedTuple):
     mass: Any  # [levels, N, K]
     error: Any  # [levels, N, K]
     gram: Any  # [levels, N, K, K]
-    lines: Any  # [N, 1 + LINES, total C]: of lines_kernel
+    edges: Any  # [N, EDGES, total C] of edges_kernel
 
 
 class Gradients(NamedTuple):
@@ -690,7 +424,7 @@ class Gradients(NamedTuple):
 
     teacher: Any  # tuple: [N, C, P]
     student: Any  # tuple: [N, C, P]
-    logits: Any  # [N, K + 1, total P]: of logits, and the factor of the difference of the two maps
+    slopes: Any  # [N, tiles, K + 2, SPAN]: of logits, of the difference of the two maps, and which edges pixels are on
     tokens: Any  # [N * tiles, row_size], [K, C] in each row
 
 
@@ -712,276 +446,316 @@ class Wanted(NamedTuple):
 
 
 @triton.jit(do_not_specialize=["total_channels"])
-def lines_kernel(grad_sums, lines, total_channels, BLOCK: tl.constexpr):
-    """The gradient of each pixel, ``lines[n, 0]``, and what comes to it on each of the image's border lines."""
+def edges_kernel(grad_sums, edges, total_channels, BLOCK: tl.constexpr):
+    """What comes to a pixel from the gradients of the sums, by the edges of the image that it lies on."""
     n = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    taps = ()
-    total = tl.zeros([BLOCK], tl.float32)
-    for tap in tl.static_range(9):
-        taps = taps + (read(grad_sums + (n * 9 + tap) * total_channels + c, c < total_channels),)
-        total += taps[tap]
-    # The tap above the centre misses the last row, the one left of it the last column.
-    lost = (
-        total,
-        -(taps[6] + taps[7] + taps[8]),
-        -(taps[0] + taps[1] + taps[2]),
-        -(taps[2] + taps[5] + taps[8]),
-        -(taps[0] + taps[3] + taps[6]),
-        taps[8],
-        taps[6],
-        taps[2],
-        taps[0],
-    )
-    for line in tl.static_range(9):
-        tl.store(lines + (n * 9 + line) * total_channels + c, lost[line], mask=c < total_channels)
+    for edge in tl.static_range(EDGES):
+        total = tl.zeros([BLOCK], tl.float32)
+        for tap in tl.static_range(9):
+            # The tap above the centre misses the last row, the one left of it the last column.
+            missed = (edge & (2, 0, 1)[tap // 3]) | (edge & (8, 0, 4)[tap % 3])
+            if missed == 0:
+                total += read(grad_sums + (n * 9 + tap) * total_channels + c, c < total_channels)
+        tl.store(edges + (n * EDGES + edge) * total_channels + c, total, mask=c < total_channels)
 
 
 @triton.jit
-def logit_gradients(
-    saved,
-    grad,
-    to,
-    tile,
-    total_pixels,
-    K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    CUSTOMIZE: tl.constexpr,
+def slopes_kernel(
+    saved,  # Results of the forward pass
+    grad,  # Upstream
+    out,  # Gradients
+    levels,
+    places,  # Places
+    CASE: tl.constexpr,
     GIVEN: tl.constexpr,
-    STEP: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """The tile's gradients of the logits and, as one more, ``pixel_factor``, put where all threads find them."""
-    k, p = tl.arange(0, K_PAD), tl.arange(0, STEP.PIXELS)
-    at_level = tile.level * tl.num_programs(1) + tile.n
-    column = tile.column + p
-    inside = tile.first + p < tile.pixels
-    real = (k < K)[:, None] & inside[None, :]
-    at = (tile.n * K + k[:, None]) * total_pixels + column[None, :]
-    m = read(saved.masks + at, real)  # [K_PAD, PIXELS]
-    inner = tl.full([K_PAD, STEP.PIXELS], 0.0, tl.float32)
-    difference = tl.full([STEP.PIXELS], 0.0, tl.float32)
+    """Gradients of the logits, and what else the walk over pixels needs of each."""
+    K: tl.constexpr = CASE.K
+    K_PAD: tl.constexpr = CASE.K_PAD
+    index, n = tl.program_id(0) // (SPAN // BLOCK), tl.program_id(1).to(tl.int64)
+    level = level_of(index, levels)
+    k, p = tl.arange(0, K_PAD), tl.arange(0, BLOCK)
+    first = (index - integer(levels.first_tile, level)) * SPAN + tl.program_id(0) % (SPAN // BLOCK) * BLOCK
+    pixels, total_pixels = integer(levels.pixels, level), decode(places.total_pixels)
+    column = integer(places.pixel_offsets, level) + first + p
+    inside = first + p < pixels
+    at_level = level * tl.num_programs(1) + n
+    tile = n * (tl.num_programs(0) // (SPAN // BLOCK)) + index
+    to = out.slopes + tile * ((K + 2) * SPAN) + tl.program_id(0) % (SPAN // BLOCK) * BLOCK + p
+    difference = tl.full([BLOCK], 0.0, tl.float32)
     if GIVEN.distance:
-        difference += read(grad.distance + tile.n * total_pixels + column, inside)
-    if GIVEN.mass:
-        inner += read(grad.mass + at_level * K + k, k < K)[:, None]
-    if GIVEN.error:
-        d = read(saved.distance + tile.n * total_pixels + column, inside)
-        error = read(grad.error + at_level * K + k, k < K)[:, None] * m
-        inner += 2 * error * d[None, :]
-        difference += tl.sum(error * m, 0)
-    if GIVEN.gram:
-        gram = grad.gram + at_level * K * K
-        if K_PAD < 16:
-            for j in tl.static_range(K):
-                other = read(saved.masks + (tile.n * K + j) * total_pixels + column, inside)
-                inner += (read(gram + k * K + j, k < K) + read(gram + j * K + k, k < K))[:, None] * other[None, :]
-        else:
-            both = (k < K)[:, None] & (k < K)[None, :]
-            g = read(gram + k[:, None] * K + k[None, :], both) + read(gram + k[None, :] * K + k[:, None], both)
-            inner = tl.dot(g, m, inner, input_precision=PRECISION)
-    if GIVEN.masks:
-        inner += read(grad.masks + at, real)
-    factor = m
-    if CUSTOMIZE:
-        factor = read(saved.teacher_masks + at, real)
-    to += tile.n * (K + 1) * total_pixels
-    tl.store(to + k[:, None] * total_pixels + column[None, :], inner * m * (1 - factor), mask=real)
-    tl.store(to + K * total_pixels + column, 2 * difference, mask=inside)
-    tl.debug_barrier()
+        difference += read(grad.distance + n * total_pixels + column, inside)
+    if K > 0:
+        real = (k < K)[:, None] & inside[None, :]
+        at = (n * K + k[:, None]) * total_pixels + column[None, :]
+        m = read(saved.masks + at, real)  # [K_PAD, PIXELS]
+        inner = tl.full([K_PAD, BLOCK], 0.0, tl.float32)
+        if GIVEN.mass:
+            inner += read(grad.mass + at_level * K + k, k < K)[:, None]
+        if GIVEN.error:
+            d = read(saved.distance + n * total_pixels + column, inside)
+            error = read(grad.error + at_level * K + k, k < K)[:, None] * m
+            inner += 2 * error * d[None, :]
+            difference += tl.sum(error * m, 0)
+        if GIVEN.gram:
+            gram = grad.gram + at_level * K * K
+            if K_PAD < 16:
+                for j in tl.static_range(K):
+                    other = read(saved.masks + (n * K + j) * total_pixels + column, inside)
+                    both = read(gram + k * K + j, k < K) + read(gram + j * K + k, k < K)
+                    inner += both[:, None] * other[None, :]
+            else:
+                both = (k < K)[:, None] & (k < K)[None, :]
+                g = read(gram + k[:, None] * K + k[None, :], both) + read(gram + k[None, :] * K + k[:, None], both)
+                inner = tl.dot(g, m, inner, input_precision=PRECISION)
+        if GIVEN.masks:
+            inner += read(grad.masks + at, real)
+        factor = m
+        if CASE.CUSTOMIZE:
+            factor = read(saved.teacher_masks + at, real)
+        tl.store(to[None, :] + k[:, None] * SPAN, inner * m * (1 - factor), mask=(k < K)[:, None])
+    tl.store(to + K * SPAN, 2 * difference)
+    if GIVEN.sums:
+        p, image_width = first + p, integer(places.widths, level)
+        x, image = p % tl.maximum(image_width, 1), condition(image_width > 0)
+        rows = (p < image_width).to(tl.int32) + 2 * (image & (p >= pixels - image_width)).to(tl.int32)
+        columns = 4 * (image & (x == 0)).to(tl.int32) + 8 * (image & (x == image_width - 1)).to(tl.int32)
+        tl.store(to + (K + 1) * SPAN, (rows + columns).to(tl.float32, bitcast=True))
 
 
 @triton.jit
-def pixel_factor(saved, grad, tile, total_pixels, K: tl.constexpr, GIVEN: tl.constexpr):
-    """What the difference of the two maps is multiplied by, [1, PARTS, WIDTH]."""
-    factor = tl.full(tile.pixel.shape, 0.0, tl.float32)
-    column = tile.column + tile.pixel
+def pixel_factor(saved, grad, tile, column, total_pixels, CASE: tl.constexpr, GIVEN: tl.constexpr, STEP: tl.constexpr):
+    """What the difference of the two maps is multiplied by, of each lane's pixels."""
+    K: tl.constexpr = CASE.K
+    exists, factor = tile.first + tile.pixel < tile.pixels, tl.full(tile.pixel.shape, 0.0, tl.float32)
+    at = tile.n * total_pixels + column + tile.pixel
     if GIVEN.distance:
-        factor += read(grad.distance + tile.n * total_pixels + column, tile.exists)
+        factor += read(grad.distance + at, exists)
     if GIVEN.error:
-        g = grad.error + (tile.level * tl.num_programs(1) + tile.n) * K
+        g = grad.error + (tile.level * tl.num_programs(1) + tile.n) * CASE.K
         for k in tl.static_range(K):
-            m = read(saved.masks + (tile.n * K + k) * total_pixels + column, tile.exists)
+            m = read(saved.masks + at + (tile.n * (CASE.K - 1) + k) * total_pixels, exists)
             factor += tl.load(g + k) * m * m
     return 2 * factor
 
 
 @triton.jit
-def on_lines(tile, places, STEP: tl.constexpr):
-    """Which of the tile's pixels lie on which line of the image's border, 1 or 0; rows where the tile is narrow."""
-    width = integer(places.widths, tile.level)
-    p = tile.first + tile.pixel
-    x, image = p % tl.maximum(width, 1), condition(width > 0)
-    left, right = (image & (x == 0)).to(tl.float32), (image & (x == width - 1)).to(tl.float32)
-    if STEP.NARROW:
-        top, bottom = (p < width).to(tl.float32), (image & (p >= tile.pixels - width)).to(tl.float32)
-        result = (top, bottom, left, right, top * left, top * right, bottom * left, bottom * right)
-    else:
-        result = (left, right)
+def student_kernel(
+    features,  # Features
+    saved,  # Results of the forward pass
+    grad,  # Upstream
+    out,  # Gradients
+    levels,
+    places,  # Places
+    CASE: tl.constexpr,
+    GIVEN: tl.constexpr,
+    STEP: tl.constexpr,
+    NARROW_STEP: tl.constexpr,
+):
+    """The student's gradient alone: channel by channel."""
+    # From the last tile on: the forward pass left it in the cache.
+    index = tl.num_programs(0) - 1 - tl.program_id(0)
+    for narrow in tl.static_range(2):
+        if is_wide(index, levels, STEP.SPAN) != narrow:
+            student_tile(
+                index, features, saved, grad, out, levels, places, CASE, GIVEN, NARROW_STEP if narrow else STEP
+            )
+
+
+@triton.jit
+def student_tile(
+    index,
+    features,
+    saved,
+    grad,
+    out,
+    levels,
+    places,
+    CASE: tl.constexpr,
+    GIVEN: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    tile = tile_of(index, levels, 0, STEP)
+    column = integer(places.pixel_offsets, tile.level) + tile.first
+    factor = pixel_factor(saved, grad, tile, column, decode(places.total_pixels), CASE, GIVEN, STEP)
+    t = source(features.teacher, features.teacher_strides, tile, STEP, CASE.T_INTERLEAVED)
+    s = source(features.student, features.student_strides, tile, STEP, CASE.S_INTERLEAVED)
+    to = destination(out.student, tile, STEP)
+    t_at, s_at, to_at = t.at, s.at, to.at
+    for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
+        x, y, d = read_block(t_at, t, tile, start, STEP), read_block(s_at, s, tile, start, STEP), ()
+        for m in tl.static_range(len(x)):
+            d = d + (factor * (y[m] - x[m]),)
+        write_block(to_at, to, d, tile, start, STEP)
+        t_at += t.next_channels
+        s_at += s.next_channels
+        to_at += to.next_channels
+
+
+@triton.jit
+def backward_kernel(
+    features,  # Features
+    grad,  # Upstream
+    out,  # Gradients
+    levels,
+    places,  # Places
+    CASE: tl.constexpr,
+    WANTED: tl.constexpr,
+    STEP: tl.constexpr,
+    NARROW_STEP: tl.constexpr,
+):
+    """Gradients of the maps and the tokens: pixel by pixel."""
+    # From the last tile on: the forward pass left it in the cache.
+    index = tl.num_programs(0) - 1 - tl.program_id(0)
+    wide = is_wide(index, levels, STEP.SPAN)
+    if tl.program_id(2) * (STEP.GROUPS * STEP.CHANNELS) >= integer(levels.channels, level_of(index, levels)):
+        wide = 2  # other levels have more channels
+    for narrow in tl.static_range(2):
+        if wide == 1 - narrow:
+            if STEP.GROUPS > 0:
+                backward_tile(index, features, grad, out, levels, places, CASE, WANTED, NARROW_STEP if narrow else STEP)
+            else:
+                backward_by_dot(
+                    index, features, grad, out, levels, places, CASE, WANTED, NARROW_STEP if narrow else STEP
+                )
+
+
+@triton.jit
+def backward_tile(
+    index,
+    features,
+    grad,
+    out,
+    levels,
+    places,
+    CASE: tl.constexpr,
+    WANTED: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    PARTS: tl.constexpr = STEP.PARTS
+    K: tl.constexpr = CASE.K
+    OWN: tl.constexpr = STEP.CHANNELS
+    first_channel = tl.program_id(2) * (STEP.GROUPS * OWN)
+    tile, total_channels = tile_of(index, levels, first_channel, STEP), decode(places.total_channels)
+    t = source(features.teacher, features.teacher_strides, tile, STEP, CASE.T_INTERLEAVED)
+    s = source(features.student, features.student_strides, tile, STEP, CASE.S_INTERLEAVED)
+    to_t, to_s = destination(out.teacher, tile, STEP), destination(out.student, tile, STEP)
+    t_at, s_at, to_t_at, to_s_at = t.at, s.at, to_t.at, to_s.at
+    slopes_at = out.slopes + (tile.n * tl.num_programs(0) + index) * ((K + 2) * STEP.SPAN)
+    channel_offset = integer(places.channel_offsets, tile.level)
+    if STEP.EVEN:
+        total_channels, channel_offset = aligned(total_channels, OWN), aligned(channel_offset, OWN)
+    edges = grad.edges + tile.n * EDGES * total_channels + channel_offset
+    e_at, tokens, sums = pick(features.tokens, tile.level) + tile.channel, (), ()
+    for k in tl.static_range(K):
+        tokens = tokens + read_channels(e_at + k * tile.channels, 0, OWN, tile, 0, STEP)
+        for _ in tl.static_range(OWN):
+            sums = sums + (zeros(1, STEP),)
+    for start in range(0, tl.minimum(tile.pixels - tile.first, STEP.SPAN), STEP.COLUMNS * STEP.VECTOR * STEP.PARTS):
+        here, x, y = further(tile, start), (), ()
+        if CASE.STUDENT or WANTED.tokens:
+            x = read_block(t_at, t, here, 0, STEP)
+        if CASE.STUDENT:
+            y = read_block(s_at, s, here, 0, STEP)
+        teacher, student = (), ()
+        for part in tl.static_range(PARTS):
+            slopes, new = (), ()
+            for k in tl.static_range(K + CASE.STUDENT):
+                slopes = slopes + (read_pixels(slopes_at + k * STEP.SPAN, part, STEP),)
+            if WANTED.teacher and CASE.SUMS:
+                edge = read_pixels(slopes_at + (K + 1) * STEP.SPAN, part, STEP).to(tl.int32, bitcast=True)
+                of_edge = read_edges(edges, edge, total_channels, here, STEP)
+            for j in tl.static_range(OWN):
+                gradient = zeros(STEP.VECTOR, STEP)
+                if WANTED.teacher and CASE.SUMS:
+                    gradient = of_edge[j]
+                if CASE.STUDENT:
+                    d = slopes[K] * (y[part * OWN + j] - x[part * OWN + j])
+                    gradient -= d
+                    student = student + (d,)
+                if WANTED.teacher:
+                    for k in tl.static_range(K):
+                        gradient += tokens[k * OWN + j] * slopes[k]
+                    teacher = teacher + (gradient,)
+            if WANTED.tokens:
+                for m in tl.static_range(len(sums)):
+                    new = new + (sums[m] + tl.sum(slopes[m // OWN] * x[part * OWN + m % OWN], 2, keep_dims=True),)
+                sums = new
+        if WANTED.student:
+            write_block(to_s_at, to_s, student, here, 0, STEP)
+        if WANTED.teacher:
+            write_block(to_t_at, to_t, teacher, here, 0, STEP)
+        slopes_at += STEP.COLUMNS * STEP.VECTOR * STEP.PARTS
+        t_at += t.next_pixels
+        s_at += s.next_pixels
+        to_t_at += to_t.next_pixels
+        to_s_at += to_s.next_pixels
+    if WANTED.tokens:
+        to = out.tokens + partial_row(index, tile.n, tile.level, levels) * decode(places.row_size)
+        c = first_channel + channels_of(STEP)
+        for k in tl.static_range(K):
+            totals = ()
+            for j in tl.static_range(OWN):
+                totals = totals + (over_pixels(sums[k * OWN + j], STEP),)
+            tl.store(to + k * tile.channels + c, over_warps(stacked(totals)), mask=is_channel(c, tile, STEP))
+
+
+@triton.jit
+def read_edges(edges, edge, total_channels, tile, STEP: tl.constexpr):
+    """Of each channel and pixel, by what edges the pixel lies on: a tuple of each lane's channels."""
+    CHANNELS: tl.constexpr = STEP.CHANNELS
+    VECTOR: tl.constexpr = STEP.VECTOR
+    pixels, found, result = entries(edge), (), ()
+    for i in tl.static_range(VECTOR):
+        found = found + read_channels(
+            edges + pixels[i] * total_channels + tile.channel, 0, STEP.CHANNELS, tile, 0, STEP
+        )
+    for j in tl.static_range(CHANNELS):
+        result = result + (stacked(found[j :: STEP.CHANNELS]),)
     return result
 
 
 @triton.jit
-def write_channel(at, rest, value, j: tl.constexpr, valid):
-    """A step's channel j of each group, in the dtype of the memory."""
-    tl.store(at + j * rest, value.to(at.dtype.element_ty), mask=valid)
-
-
-@triton.jit
-def result_plane(pointers, tile, STEP: tl.constexpr):
-    """A dense map of the tile's level, laid out as the tile is walked, to be written."""
-    pixels = tile.pixels
-    if not (STEP.NARROW or STEP.INTERLEAVED):
-        pixels = aligned(pixels, WIDE)
-    pointer = pick(pointers, tile.level) + tile.n * (tile.pixels.to(tl.int64) * tile.channels)
-    if STEP.INTERLEAVED and not STEP.NARROW:
-        pixel = (tile.first + tl.arange(0, STEP.PIXELS)[None, None, :, None]).to(tl.int64) * tile.channels
-        channel = tl.arange(0, STEP.GROUPS)[:, None, None, None] * STEP.CHANNELS
-        plane = Plane(pointer + (pixel + channel + tl.arange(0, STEP.CHANNELS)[None, None, None, :]), 1, 0)
-    elif STEP.INTERLEAVED:
-        plane = Plane(pointer + ((tile.first + tile.pixel).to(tl.int64) * tile.channels + tile.group), 1, 0)
-    else:
-        rest = pixels.to(tl.int64)
-        plane = Plane(pointer + tile.first + (tile.group * rest + tile.pixel), rest, 0)
-    step = STEP.GROUPS * STEP.CHANNELS * plane.rest
-    return Plane(plane.at, plane.rest, step)
-
-
-class Targets(NamedTuple):
-    """Gradients of the maps, and what their walk needs to know of ``Upstream.lines``."""
-
-    teacher: Any
-    student: Any
-    line_step: Any
-
-
-@triton.jit
-def is_edge(index, levels, places, PIXELS: tl.constexpr):
-    """Whether a tile touches the first or last row of an image: 1 or 0."""
-    level = level_of(index, levels)
-    first, width = (index - integer(levels.first_tile, level)) * PIXELS, integer(places.widths, level)
-    return ((first < width) | (first + PIXELS > integer(levels.pixels, level) - width)).to(tl.int32)
-
-
-@triton.jit
-def walk_back(
+def backward_by_dot(
+    index,
     features,
+    grad,
     out,
-    lines,
-    tile,
-    factor,
-    slopes,
-    borders,
-    tokens_to,
-    K: tl.constexpr,
-    HAS_STUDENT: tl.constexpr,
+    levels,
+    places,
+    CASE: tl.constexpr,
     WANTED: tl.constexpr,
-    T_INTERLEAVED: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Gradients of the maps and, of few tokens, of these: ``slopes`` are those of the logits, a tuple."""
-    LOGITS: tl.constexpr = K if WANTED.teacher or WANTED.tokens else 0
-    LINE: tl.constexpr = 1 if STEP.NARROW else 3
-    CHANNELS: tl.constexpr = STEP.CHANNELS
-    t = plane_of(features.teacher, features.teacher_strides, tile, STEP, T_INTERLEAVED)
-    s = plane_of(features.student, features.student_strides, tile, STEP, STEP.INTERLEAVED)
-    to_t, to_s = result_plane(out.teacher, tile, STEP), result_plane(out.student, tile, STEP)
-    t_at, s_at, to_t_at, to_s_at = t.at, s.at, to_t.at, to_s.at
-    channel = tl.arange(0, STEP.GROUPS)[:, None] * STEP.CHANNELS + tl.arange(0, STEP.TOKENS)[None, :]
-    e_at = pick(features.tokens, tile.level) + channel
-    group = tl.arange(0, STEP.GROUPS) * STEP.CHANNELS
-    for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
-        valid = present(start, tile, STEP)
-        if HAS_STUDENT or WANTED.tokens:
-            ts = vectors_at(t_at, valid)
-        if HAS_STUDENT:
-            ss = vectors_at(s_at, valid)
-        all_t, all_s, sums = (), (), ()
-        for j in tl.static_range(CHANNELS):
-            if j % STEP.TOKENS == 0 and WANTED.teacher:
-                tokens = read_tokens(e_at + j, start + j, tile.channels, LOGITS, STEP)
-            valid = present(start + j, tile, STEP)
-            if HAS_STUDENT or WANTED.tokens:
-                x = element(ts, t, t_at, j, valid)
-            if HAS_STUDENT:
-                d = factor * (element(ss, s, s_at, j, valid) - x)
-                if WANTED.student:
-                    if len(to_s_at.shape) == 4:
-                        all_s = all_s + (d,)
-                    else:
-                        write_channel(to_s_at, to_s.rest, d, j, valid)
-            if WANTED.teacher:
-                if HAS_STUDENT:
-                    gradient = -d
-                else:
-                    gradient = tl.full([STEP.GROUPS, tile.pixel.shape[1], tile.pixel.shape[2]], 0.0, tl.float32)
-                if len(borders) > 0:
-                    c = start + j + group
-                    gradient += read(lines + c, c < tile.channels)[:, None, None]
-                    for i in tl.static_range(len(borders)):
-                        at = lines + (LINE + i) * out.line_step + c
-                        gradient += read(at, c < tile.channels)[:, None, None] * borders[i]
-                for k in tl.static_range(LOGITS):
-                    gradient += tokens[k][j % STEP.TOKENS][:, None, None] * slopes[k]
-                if len(to_t_at.shape) == 4:
-                    all_t = all_t + (gradient,)
-                else:
-                    write_channel(to_t_at, to_t.rest, gradient, j, valid)
-            if WANTED.tokens:
-                for k in tl.static_range(8):
-                    if k < K:
-                        total = over_pixels(slopes[k] * x, STEP)
-                    sums = sums + (total,)
-        if len(to_s_at.shape) == 4 and WANTED.student:
-            write_channel(to_s_at, 0, stacked(all_s, 0, 1), 0, valid[:, :, :, None])
-        if len(to_t_at.shape) == 4 and WANTED.teacher:
-            write_channel(to_t_at, 0, stacked(all_t, 0, 1), 0, valid[:, :, :, None])
-        if WANTED.tokens:
-            i = tl.arange(0, 8 * CHANNELS)
-            c, k = start + group[:, None] + (i // 8)[None, :], (i % 8)[None, :]
-            to, real = k * tile.channels + c, (k < K) & (c < tile.channels)
-            tl.store(tokens_to + to, over_warps(stacked(sums, 0, 1)), mask=real)
-        e_at += STEP.GROUPS * STEP.CHANNELS
-        t_at += t.step
-        s_at += s.step
-        to_t_at += to_t.step
-        to_s_at += to_s.step
-
-
-@triton.jit
-def walk_back_by_dot(
-    features,
-    out,
-    lines,
-    tile,
-    factor,
-    slopes,
-    borders,
-    tokens_to,
-    K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    HAS_STUDENT: tl.constexpr,
-    WANTED: tl.constexpr,
-    T_INTERLEAVED: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """The same for many tokens: ``slopes`` [K_PAD, PIXELS], ``factor`` and ``borders`` [PIXELS]."""
-    k, p = tl.arange(0, K_PAD), tl.arange(0, STEP.PIXELS)
-    t = dot_plane(features.teacher, features.teacher_strides, tile, STEP, T_INTERLEAVED)
-    s = dot_plane(features.student, features.student_strides, tile, STEP, STEP.INTERLEAVED)
-    t_at, s_at = t.at, s.at
-    tokens = pick(features.tokens, tile.level)
+    """The same for many tokens, channel by channel."""
+    K: tl.constexpr = CASE.K
+    tile = tile_of(index, levels, 0, STEP)
+    k, p = tl.arange(0, CASE.K_PAD), tl.arange(0, STEP.SPAN)
+    t_at, t_step = dot_plane(features.teacher, features.teacher_strides, tile, STEP, CASE.T_INTERLEAVED)
+    s_at, s_step = dot_plane(features.student, features.student_strides, tile, STEP, CASE.S_INTERLEAVED)
+    tokens, total_channels = pick(features.tokens, tile.level), decode(places.total_channels)
+    tokens_to = out.tokens + partial_row(index, tile.n, tile.level, levels) * decode(places.row_size)
     image = tile.n * (tile.pixels.to(tl.int64) * tile.channels)
     to_t, to_s = pick(out.teacher, tile.level) + image, pick(out.student, tile.level) + image
-    stride = tile.pixels
-    if STEP.INTERLEAVED:
-        stride = tile.channels
+    stride = tile.channels if CASE.S_INTERLEAVED else tile.pixels
+    slope_at = out.slopes + (tile.n * tl.num_programs(0) + index) * ((K + 2) * STEP.SPAN) + p
+    slopes = read(slope_at[None, :] + k[:, None] * STEP.SPAN, (k < K)[:, None])
+    if CASE.STUDENT:
+        factor = tl.load(slope_at + K * STEP.SPAN)
+    if WANTED.teacher and CASE.SUMS:
+        edge = tl.load(slope_at + (K + 1) * STEP.SPAN).to(tl.int32, bitcast=True)
+        edge_at = grad.edges + tile.n * EDGES * total_channels + integer(places.channel_offsets, tile.level)
+        edge_at += edge[None, :] * total_channels
     for start in range(0, tile.end, STEP.CHANNELS):
         c = start + tl.arange(0, STEP.CHANNELS)
         valid = (c < tile.channels)[:, None] & (tile.first + p < tile.pixels)[None, :]
-        to = feature_offsets(0, c, tile.first + p, 0, stride, STEP.INTERLEAVED)
+        to = feature_offsets(0, c, tile.first + p, 0, stride, CASE.S_INTERLEAVED)
         x = read(t_at, valid)  # [CHANNELS, PIXELS]
-        gradient = tl.full([STEP.CHANNELS, STEP.PIXELS], 0.0, tl.float32)
-        if HAS_STUDENT:
+        gradient = tl.full([STEP.CHANNELS, STEP.SPAN], 0.0, tl.float32)
+        if CASE.STUDENT:
             d = factor[None, :] * (read(s_at, valid) - x)
             gradient -= d
             if WANTED.student:
@@ -991,138 +765,13 @@ def walk_back_by_dot(
             at = k[:, None] * tile.channels + c[None, :]
             tl.store(tokens_to + at, d_tokens, mask=(k < K)[:, None] & (c < tile.channels)[None, :])
         if WANTED.teacher:
-            e_at = k[None, :] * tile.channels + c[:, None]
-            e = read(tokens + e_at, (k < K)[None, :] & (c < tile.channels)[:, None])
+            e = read(tokens + k[None, :] * tile.channels + c[:, None], (k < K)[None, :] & (c < tile.channels)[:, None])
             gradient = tl.dot(e, slopes, gradient, input_precision=PRECISION)
-            if len(borders) > 0:
-                gradient += read(lines + c, c < tile.channels)[:, None]
-                for i in tl.static_range(len(borders)):
-                    at = lines + (i + (1 if STEP.NARROW else 3)) * out.line_step + c
-                    on = tl.reshape(borders[i], [STEP.PIXELS])
-                    gradient += read(at, c < tile.channels)[:, None] * on[None, :]
+            if CASE.SUMS:
+                gradient += read(edge_at + c[:, None], valid)
             tl.store(to_t + to, gradient.to(to_t.dtype.element_ty), mask=valid)
-        t_at += t.step
-        s_at += s.step
-
-
-@triton.jit
-def backward_tile(
-    features,
-    saved,
-    grad,
-    out,
-    levels,
-    places,
-    K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    HAS_STUDENT: tl.constexpr,
-    CUSTOMIZE: tl.constexpr,
-    GIVEN: tl.constexpr,
-    WANTED: tl.constexpr,
-    T_INTERLEAVED: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    index = tl.num_programs(0) - 1 - tl.program_id(0)
-    tile = tile_of(index, levels, places, STEP)
-    total_pixels = decode(places.total_pixels)
-    tokens_to = out.tokens + partial_row(index, tile.n, tile.level, levels) * decode(places.row_size)
-    line_step = decode(places.total_channels)
-    lines = grad.lines + tile.n * (9 * line_step) + integer(places.channel_offsets, tile.level)
-    LOGITS: tl.constexpr = K > 0 and (WANTED.teacher or WANTED.tokens)
-    targets = Targets(out.teacher, out.student, line_step)
-    borders = ()
-    if GIVEN.sums and WANTED.teacher:
-        borders = on_lines(tile, places, STEP)
-    if LOGITS:
-        logit_gradients(saved, grad, out.logits, tile, total_pixels, K, K_PAD, CUSTOMIZE, GIVEN, STEP)
-    slopes_at = out.logits + tile.n * (K + 1) * total_pixels + tile.column
-    if STEP.TOKENS > 0:
-        slopes = ()
-        if LOGITS:
-            for k in tl.static_range(K):
-                slopes = slopes + (read(slopes_at + k * total_pixels + tile.pixel, tile.exists),)
-            factor = read(slopes_at + K * total_pixels + tile.pixel, tile.exists)
-        else:
-            factor = pixel_factor(saved, grad, tile, total_pixels, K, GIVEN)
-        walk_back(
-            features,
-            targets,
-            lines,
-            tile,
-            factor,
-            slopes,
-            borders,
-            tokens_to,
-            K,
-            HAS_STUDENT,
-            WANTED,
-            T_INTERLEAVED,
-            STEP,
-        )
-    else:
-        k, p = tl.arange(0, K_PAD), tl.arange(0, STEP.PIXELS)
-        inside = tile.first + p < tile.pixels
-        slopes = read(slopes_at + k[:, None] * total_pixels + p[None, :], (k < K)[:, None] & inside[None, :])
-        factor = read(slopes_at + K * total_pixels + p, inside)
-        walk_back_by_dot(
-            features,
-            targets,
-            lines,
-            tile,
-            factor,
-            slopes,
-            borders,
-            tokens_to,
-            K,
-            K_PAD,
-            HAS_STUDENT,
-            WANTED,
-            T_INTERLEAVED,
-            STEP,
-        )
-
-
-@triton.jit
-def backward_kernel(
-    features,  # Features
-    saved,  # Results of the forward pass
-    grad,  # Upstream
-    out,  # Gradients
-    levels,
-    places,  # Places
-    K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    HAS_STUDENT: tl.constexpr,
-    CUSTOMIZE: tl.constexpr,
-    GIVEN: tl.constexpr,
-    WANTED: tl.constexpr,
-    T_INTERLEAVED: tl.constexpr,
-    STEP: tl.constexpr,
-    NARROW_STEP: tl.constexpr,
-):
-    # From the last tile on: the forward pass left it in the cache.
-    index = tl.num_programs(0) - 1 - tl.program_id(0)
-    wide = is_wide(index, levels, STEP.PIXELS)
-    if GIVEN.sums and WANTED.teacher:
-        wide &= 1 - is_edge(index, levels, places, STEP.PIXELS)
-    for narrow in tl.static_range(2):
-        if wide != narrow:
-            backward_tile(
-                features,
-                saved,
-                grad,
-                out,
-                levels,
-                places,
-                K,
-                K_PAD,
-                HAS_STUDENT,
-                CUSTOMIZE,
-                GIVEN,
-                WANTED,
-                T_INTERLEAVED,
-                NARROW_STEP if narrow else STEP,
-            )
+        t_at += t_step
+        s_at += s_step
 
 
 # ---- Launchers ---------------------------------------------------------------------------------
@@ -1133,53 +782,73 @@ WARPS = 4
 BORDER_C = 128  # channels of a program that adds up a line
 
 
-def forward_step(maps: Maps, logits: int, narrow: bool) -> Step:
+def forward_step(maps: Maps, logits: int) -> Step:
     """A thread reads 128 bits at a time, where it can; as many warps as may be, so none has more than 128 registers."""
     half, interleaved, many = _element_size(maps) == 2, maps[0][0].interleaved, logits > PIXEL_LOGITS
     if logits > FEW_LOGITS:
-        shape = 1, 16 if narrow or not half else 32, 0, 64, 64
-    elif interleaved:
-        shape = 4, 4 if narrow or not half else 8, 2 if many else 4, 128, 128
-    elif half and not narrow and not many:
-        shape = 2 * WARPS, 2, 2, 128, 128
-    else:
-        shape = WARPS, 2 if narrow else 8, 2 if narrow or logits > 6 else 4, 128, 32 if narrow else 128
-    return _step(maps, *shape, narrow, interleaved)
+        return _dot_step(maps, 32 if half else 16, 64, interleaved)
+    if interleaved:
+        return _step(maps, 4, 8 if half else 4, 128, 1, tokens=2 if many else 4)
+    if half and not many:
+        return _step(maps, 8, 2, 16, 8, tokens=2)
+    return _step(maps, 4, 8, 32, 4, tokens=2 if logits > 6 else 4)
 
 
-def backward_step(maps: Maps, logits: int, narrow: bool) -> Step:
-    """Likewise; laid out as the gradients are. Where gradients of logits are wanted, few lanes share a channel."""
+def student_step(maps: Maps) -> Step:
+    """Likewise; laid out as the gradient is."""
     half, interleaved = _element_size(maps) == 2, maps[0][-1].interleaved
-    if logits > PIXEL_LOGITS:
-        shape = 1, 32, 0, 32 if half else 64, 32 if half else 64
-    elif interleaved:
-        shape = 8, 2 if narrow else 8 if half else 4, 2, 64, 64
-    elif logits:
-        shape = (WARPS, 1, 1, 64, 32) if narrow else (4 * WARPS, 2, 2, 64, 64 if half else 32)
+    if interleaved:
+        return _step(maps, 8, 8 if half else 4, 64, 1)
+    return _step(maps, 8 if half else 4, 4, 16 if half else 32, 8 if half else 4)
+
+
+def backward_step(maps: Maps, logits: int) -> Step:
+    """Likewise; lanes along channels, where these are neighbours, and otherwise few along pixels."""
+    half, interleaved = _element_size(maps) == 2, maps[0][-1].interleaved
+    if logits > FEW_LOGITS:
+        return _dot_step(maps, 32, 32 if half else 64, interleaved)
+    if interleaved:
+        own = 8 if half else 4
+        groups = min(32, triton.next_power_of_2(triton.cdiv(max(level[0].shape[1] for level in maps), own)))
+        step = _step(maps, groups, own, 128 // groups, 1, parts=2)
     else:
-        shape = (2 if half else 1) * WARPS, 2 if narrow else 4, 2, 128, 32 if narrow else 128
-    return _step(maps, *shape, narrow, interleaved)
+        step = _step(maps, 16, 2, 8, 8 if half else 4, parts=1 if half else 2)
+    # Few channels, many tiles.
+    programs = min(triton.cdiv(max(level[0].shape[1] for level in maps), step.GROUPS * step.CHANNELS), 4)
+    return step._replace(SPAN=max(step.SPAN, 128 * programs))
 
 
-def _step(
-    maps: Maps, groups: int, own: int, tokens: int, pixels: int, width: int, narrow: bool, interleaved: bool
-) -> Step:
+def _dot_step(maps: Maps, channels: int, pixels: int, interleaved: bool) -> Step:
+    """[channels, pixels] at a time."""
+    return _step(maps, 0, channels, pixels, 1)._replace(INTERLEAVED=interleaved)
+
+
+def _step(maps: Maps, groups: int, own: int, columns: int, vector: int, tokens: int = 0, parts: int = 1) -> Step:
     channels = [level[0].shape[1] for level in maps]
     alike, dense = len(set(channels)) == 1, all(m.rest_stride == m.shape[1] for level in maps for m in level)
-    even = all(c % (groups * own) == 0 for c in channels)
     return Step(
         groups,
         own,
+        columns,
+        vector,
+        parts,
         tokens,
-        pixels,
-        width,
-        WARPS,
-        narrow,
-        interleaved,
-        even,
-        channels[0] if alike else 0,
-        alike and dense,
+        SPAN=columns * vector * parts,
+        WARPS=WARPS,
+        INTERLEAVED=vector == 1,
+        NARROW=False,
+        NEXT_CHANNEL=1,
+        EVEN=all(c % (max(groups, 1) * own) == 0 for c in channels),
+        ALL=channels[0] if alike else 0,
+        DENSE=alike and dense,
     )
+
+
+def narrowed(step: Step, channels: int = 0) -> Step:
+    """For tiles that are walked element by element; a lane may have fewer channels then."""
+    own = channels or step.CHANNELS
+    between = step.GROUPS if step.INTERLEAVED else 1
+    return step._replace(NARROW=True, CHANNELS=own, TOKENS=min(step.TOKENS, own), NEXT_CHANNEL=between)
 
 
 def _element_size(maps: Maps) -> int:
@@ -1226,10 +895,9 @@ def forward(
     k, wants_sums = tokens[0].shape[0] if tokens else 0, out.sums.numel() > 0
     customized = customize is not None and k > 0 and len(student) > 0
     logits = k * (1 + customized)  # of a pixel
-    few = logits <= FEW_LOGITS
     for run, run_maps in runs(maps):
-        step, narrow = (forward_step(run_maps, logits, narrow) for narrow in (False, True))
-        levels, channels = as_levels(run_maps, step.PIXELS), max(level[0].shape[1] for level in run_maps)
+        step, case = forward_step(run_maps, logits), _case(run_maps, k, student, customized, wants_sums)
+        levels, channels = as_levels(run_maps, step.SPAN), max(level[0].shape[1] for level in run_maps)
         # The sums start on a whole block of the second kernel.
         sums_at = triton.cdiv(2 * k + k * k, 64) * 64
         row_size = sums_at + (channels if wants_sums else 0)
@@ -1246,18 +914,13 @@ def forward(
                 out.mass if customize is None else customize,
                 levels.encoded(),
                 places,
-                K=k,
-                K_PAD=8 if k <= 8 else pad_tokens(k),
-                HAS_STUDENT=len(student) > 0,
-                CUSTOMIZE=customized,
-                SUMS=wants_sums,
+                CASE=case,
                 SUMS_AT=sums_at,
-                STUDENT_INTERLEAVED=run_maps[0][-1].interleaved,
-                STEP=step,
-                NARROW_STEP=narrow,
                 BORDER_C=BORDER_C,
-                num_warps=step.WARPS,
-                maxnreg=(128 if logits <= PIXEL_LOGITS else 168) if few else None,
+                STEP=step,
+                NARROW_STEP=narrowed(step, 0 if step.INTERLEAVED or not step.GROUPS else 2),
+                num_warps=WARPS,
+                maxnreg=None if logits > FEW_LOGITS else 128 if logits <= PIXEL_LOGITS else 168,
             )
         if n and row_size:
             block, rows = reduce_shape(row_size)
@@ -1274,13 +937,17 @@ def forward(
                 ),
                 levels.encoded(),
                 places,
-                K=k,
-                HAS_STUDENT=len(student) > 0,
+                CASE=case,
                 SUMS_AT=sums_at,
                 ROWS=rows,
                 BLOCK=block,
                 num_warps=4,
             )
+
+
+def _case(maps: Maps, tokens: int, student: Sequence[Tensor], customized: bool, sums: bool) -> Case:
+    pad = 8 if tokens <= 8 else pad_tokens(tokens)
+    return Case(tokens, pad, len(student) > 0, customized, sums, maps[0][0].interleaved, maps[0][-1].interleaved)
 
 
 @recalled
@@ -1294,66 +961,96 @@ def backward(
 ) -> None:
     grad_masks, _, grad_distance, grad_mass, grad_error, grad_gram, grad_sums = grad
     grad_teacher, grad_tokens, grad_student = results
-    maps, n = _dense(teacher, student), teacher[0].shape[0]
-    k, nothing, total_channels = tokens[0].shape[0] if tokens else 0, saved.masks, sum(x.shape[1] for x in teacher)
+    maps, n, nothing = _dense(teacher, student), teacher[0].shape[0], saved.masks
+    k, total_channels = tokens[0].shape[0] if tokens else 0, sum(x.shape[1] for x in teacher)
     wanted = Wanted(bool(grad_teacher), bool(grad_tokens), bool(grad_student))
-    logits = k if wanted.teacher or wanted.tokens else 0
+    only_student = not (wanted.teacher or wanted.tokens)
     has = Given(
         masks=grad_masks is not None,
         distance=grad_distance is not None,
         mass=grad_mass is not None,
         error=grad_error is not None and len(student) > 0,
         gram=grad_gram is not None,
-        sums=grad_sums is not None,
+        sums=grad_sums is not None and wanted.teacher,
     )
-    slopes, lines = empty(nothing, n, k + 1, nothing.shape[2]) if logits else nothing, nothing
-    if grad_sums is not None and wanted.teacher and n:
-        lines = empty(grad_sums, n, 1 + LINES.value, total_channels)
+    edges = nothing
+    if grad_sums is not None and has.sums and n:
+        edges = empty(grad_sums, n, EDGES.value, total_channels)
         grid = triton.cdiv(total_channels, BORDER_C), n
-        launch(lines_kernel, grid, grad_sums, lines, total_channels, BLOCK=BORDER_C)
+        launch(edges_kernel, grid, grad_sums, edges, total_channels, BLOCK=BORDER_C)
 
     def given(x: Tensor | None, run: slice) -> Tensor:
         return nothing if x is None else of_run(x, run)
 
     for run, run_maps in runs(maps):
-        step, narrow = (backward_step(run_maps, logits, narrow) for narrow in (False, True))
-        levels, own = as_levels(run_maps, step.PIXELS), pointers([level[0] for level in run_maps])
+        step = student_step(run_maps) if only_student else backward_step(run_maps, k)
+        case = _case(run_maps, k, student, saved.teacher_masks.numel() > 0, has.sums)
+        levels, own = as_levels(run_maps, step.SPAN), pointers([level[0] for level in run_maps])
         row_size = k * max(levels.channels) if grad_tokens else 0
         partials = new_partials(levels, n, row_size, teacher[0])
         places = _places(teacher, maps, run, saved.masks.shape[2], row_size)
-        if n and sum(levels.tiles):
+        features, tiles = _features(run_maps, tokens[run]), sum(levels.tiles)
+        results_of = Results(saved.masks, saved.teacher_masks, saved.distance, nothing, nothing)
+        upstream = Upstream(
+            nothing if grad_masks is None else grad_masks,
+            nothing if grad_distance is None else grad_distance,
+            given(grad_mass, run),
+            given(grad_error, run),
+            given(grad_gram, run),
+            edges,
+        )
+        out = Gradients(
+            tuple(grad_teacher[run]) if grad_teacher else own,
+            tuple(grad_student[run]) if grad_student else own,
+            nothing if only_student else empty(nothing, n, tiles, k + 2, step.SPAN),
+            partials,
+        )
+        if n and tiles and only_student:
             launch(
-                backward_kernel,
-                (sum(levels.tiles), n),
-                _features(run_maps, tokens[run]),
-                Results(saved.masks, saved.teacher_masks, saved.distance, nothing, nothing),
-                Upstream(
-                    nothing if grad_masks is None else grad_masks,
-                    nothing if grad_distance is None else grad_distance,
-                    given(grad_mass, run),
-                    given(grad_error, run),
-                    given(grad_gram, run),
-                    lines,
-                ),
-                Gradients(
-                    tuple(grad_teacher[run]) if grad_teacher else own,
-                    tuple(grad_student[run]) if grad_student else own,
-                    slopes,
-                    partials,
-                ),
+                student_kernel,
+                (tiles, n),
+                features,
+                results_of,
+                upstream,
+                out,
                 levels.encoded(),
                 places,
-                K=k,
-                K_PAD=8 if k <= 8 else pad_tokens(k),
-                HAS_STUDENT=len(student) > 0,
-                CUSTOMIZE=saved.teacher_masks.numel() > 0,
+                CASE=case,
                 GIVEN=has,
-                WANTED=wanted,
-                T_INTERLEAVED=run_maps[0][0].interleaved,
                 STEP=step,
-                NARROW_STEP=narrow,
+                NARROW_STEP=narrowed(step, 2),
                 num_warps=WARPS,
-                maxnreg=128 if step.TOKENS and not logits else None,
+                maxnreg=128,
+            )
+        elif n and tiles:
+            block = min(step.SPAN, SLOPES_P)
+            launch(
+                slopes_kernel,
+                (tiles * (step.SPAN // block), n),
+                results_of,
+                upstream,
+                out,
+                levels.encoded(),
+                places,
+                CASE=case,
+                GIVEN=has,
+                SPAN=step.SPAN,
+                BLOCK=block,
+                num_warps=4,
+            )
+            launch(
+                backward_kernel,
+                (tiles, n, triton.cdiv(max(levels.channels), step.GROUPS * step.CHANNELS) if step.GROUPS else 1),
+                features,
+                upstream,
+                out,
+                levels.encoded(),
+                places,
+                CASE=case,
+                WANTED=wanted,
+                STEP=step,
+                NARROW_STEP=narrowed(step),
+                num_warps=WARPS,
             )
         if grad_tokens:
             reduce_tiles(partials, grad_tokens[run], levels, [k * c for c in levels.channels], n, per_image=False)

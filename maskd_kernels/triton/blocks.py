@@ -1,0 +1,350 @@
+"""How ``receptive_stats`` walks features: each lane has a block of channels and pixels of its own at a step.
+
+So what is summed over a lane's channels or pixels stays in registers, and what belongs to a channel or to a pixel is
+read once for the whole block. A block is a tuple, part by part and channel by channel, of tensors with a vector of
+pixels of each lane: [COLUMNS, GROUPS, VECTOR], in interleaved maps [GROUPS, COLUMNS, 1], as the compiler has lanes
+along the first axis lie next to each other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from maskd_kernels.triton.common import WIDE, aligned, integer, level_of, pick
+
+
+class Step(NamedTuple):
+    """Of the walk, as constants of a kernel: ``GROUPS * CHANNELS`` channels, ``COLUMNS * VECTOR * PARTS`` pixels."""
+
+    GROUPS: int  # lanes along channels; 0: the walk is by tensor cores
+    CHANNELS: int  # of a lane
+    COLUMNS: int  # lanes along pixels
+    VECTOR: int  # neighbouring pixels of a lane
+    PARTS: int  # vectors of a lane
+    TOKENS: int  # of the channels: whose tokens are read at a time
+    SPAN: int  # pixels of a program
+    WARPS: int
+    INTERLEAVED: bool
+    NARROW: bool  # element by element: rows are not whole vectors, or pixels are missing
+    NEXT_CHANNEL: int  # from one of a lane's channels to the next
+    EVEN: bool  # channels fill whole steps, and need no mask
+    ALL: int  # the channels of every level; 0: they differ
+    DENSE: bool  # rows of channels follow each other
+
+
+class Tile(NamedTuple):
+    """A program's share of a level."""
+
+    level: Any
+    n: Any  # int64
+    first: Any  # pixel
+    channels: Any  # a constant, where all levels have as many
+    end: Any  # their number, which is none: short loops are not unrolled
+    pixels: Any
+    channel: Any  # the first of each lane, as lanes lie
+    pixel: Any  # of each lane's vectors, likewise, from the first on
+
+
+class Plane(NamedTuple):
+    """A map of the tile's level."""
+
+    at: Any  # pointers to each lane's first vector, which lies along pixels or along channels, or element
+    channel: Any  # from one of a lane's channels to the next
+    part: Any  # from one of a lane's parts to the next
+    next_channels: Any  # from a step's channels to the next step's
+    next_pixels: Any  # from a step's pixels to the next step's
+
+
+@triton.jit
+def along_channels(x, STEP: tl.constexpr):
+    """What groups have one of, as lanes lie."""
+    if STEP.INTERLEAVED:
+        result = x[:, None, None]
+    else:
+        result = x[None, :, None]
+    return result
+
+
+@triton.jit
+def along_pixels(x, STEP: tl.constexpr):
+    """What vectors of pixels have one of, likewise."""
+    if STEP.INTERLEAVED:
+        result = x[None, :, :]
+    else:
+        result = x[:, None, :]
+    return result
+
+
+@triton.jit
+def zeros(VECTOR: tl.constexpr, STEP: tl.constexpr):
+    """Of each lane so many."""
+    if STEP.INTERLEAVED:
+        result = tl.full([STEP.GROUPS, STEP.COLUMNS, VECTOR], 0.0, tl.float32)
+    else:
+        result = tl.full([STEP.COLUMNS, STEP.GROUPS, VECTOR], 0.0, tl.float32)
+    return result
+
+
+@triton.jit
+def channels_of(STEP: tl.constexpr):
+    """[GROUPS, CHANNELS] of a step."""
+    group = tl.arange(0, STEP.GROUPS)[:, None]
+    if STEP.NEXT_CHANNEL == 1:
+        group *= STEP.CHANNELS
+    return group + tl.arange(0, STEP.CHANNELS)[None, :] * STEP.NEXT_CHANNEL
+
+
+@triton.jit
+def pixels_of(VECTOR: tl.constexpr, STEP: tl.constexpr):
+    """[COLUMNS, VECTOR] of a part, in vectors of this length; element by element, neighbours are of different lanes."""
+    column, entry = tl.arange(0, STEP.COLUMNS)[:, None], tl.arange(0, VECTOR)[None, :]
+    if STEP.NARROW:
+        pixel = column + entry * STEP.COLUMNS
+    else:
+        pixel = column * VECTOR + entry
+    return pixel
+
+
+@triton.jit
+def tile_of(index, levels, first_channel, STEP: tl.constexpr):
+    """This tile of the grid, from this channel on."""
+    level = level_of(index, levels)
+    channels, pixels = integer(levels.channels, level), integer(levels.pixels, level)
+    end = channels
+    if STEP.ALL:
+        channels = STEP.ALL
+    elif STEP.INTERLEAVED and not STEP.NARROW:
+        channels = aligned(channels, WIDE)
+    first = (index - integer(levels.first_tile, level)) * STEP.SPAN
+    group = tl.arange(0, max(STEP.GROUPS, 1))
+    if STEP.NEXT_CHANNEL == 1:
+        group *= STEP.CHANNELS
+    channel, pixel = along_channels(first_channel + group, STEP), along_pixels(pixels_of(STEP.VECTOR, STEP), STEP)
+    return Tile(level, tl.program_id(1).to(tl.int64), first, channels, end, pixels, channel, pixel)
+
+
+@triton.jit
+def further(tile, pixels):
+    """The tile so many pixels further on."""
+    return Tile(tile.level, tile.n, tile.first + pixels, tile.channels, tile.end, tile.pixels, tile.channel, tile.pixel)
+
+
+@triton.jit
+def present(tile, channel, part: tl.constexpr, STEP: tl.constexpr):
+    """Whether there are a channel, so far from each lane's first, and a part's pixels."""
+    valid = tl.full([1, 1, 1], 1, tl.int1)
+    if not STEP.EVEN:
+        valid = valid & (tile.channel + channel < tile.channels)
+    if STEP.NARROW:
+        valid = valid & (tile.first + tile.pixel + part * (STEP.COLUMNS * STEP.VECTOR) < tile.pixels)
+    return valid
+
+
+@triton.jit
+def source(pointers, strides, tile, STEP: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """A map to be read: element by element, where it is not laid out as it is walked; bfloat16 in pairs."""
+    pointer = pick(pointers, tile.level)
+    stride_n, stride = integer(strides.image, tile.level), integer(strides.rest, tile.level)
+    if STEP.NARROW or INTERLEAVED != STEP.INTERLEAVED:
+        plane = elements(pointer + tile.n * stride_n, stride.to(tl.int64), tile, STEP, INTERLEAVED)
+    else:
+        # The compiler's own way of widening two elements that lie together takes three instructions.
+        PAIR: tl.constexpr = 2 if pointer.dtype.element_ty == tl.bfloat16 else 1
+        if PAIR == 2:
+            pointer = pointer.to(tl.pointer_type(tl.int32), bitcast=True)
+        pointer += tile.n * aligned(stride_n // PAIR, WIDE // PAIR)
+        if INTERLEAVED and STEP.DENSE:
+            stride = STEP.ALL // PAIR
+        else:
+            stride = aligned(stride // PAIR, WIDE // PAIR).to(tl.int64)
+        plane = vectors(pointer, stride, tile, STEP, PAIR)
+    return plane
+
+
+@triton.jit
+def destination(pointers, tile, STEP: tl.constexpr):
+    """A dense map, laid out as it is walked, to be written."""
+    channels, stride = tile.channels, tile.pixels.to(tl.int64)
+    if STEP.NARROW:
+        channels = tile.end  # which is no constant: the compiler would see pairs in some rows, and lay these out anew
+    pointer = pick(pointers, tile.level) + tile.n * (stride * channels)
+    if STEP.INTERLEAVED:
+        stride = tile.channels
+    if STEP.NARROW:
+        plane = elements(pointer, stride, tile, STEP, STEP.INTERLEAVED)
+    else:
+        if not STEP.INTERLEAVED:
+            stride = aligned(stride, WIDE)
+        plane = vectors(pointer, stride, tile, STEP, 1)
+    return plane
+
+
+@triton.jit
+def elements(pointer, stride, tile, STEP: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """A plane to be walked element by element."""
+    C: tl.constexpr = STEP.GROUPS * STEP.CHANNELS
+    P: tl.constexpr = STEP.COLUMNS * STEP.VECTOR
+    if INTERLEAVED:
+        at = pointer + tile.first.to(tl.int64) * stride + (tile.channel + tile.pixel * stride)
+        plane = Plane(at, STEP.NEXT_CHANNEL, P * stride, C, STEP.PARTS * P * stride)
+    else:
+        at = pointer + tile.first + (tile.channel * stride + tile.pixel)
+        plane = Plane(at, STEP.NEXT_CHANNEL * stride, P, C * stride, STEP.PARTS * P)
+    return plane
+
+
+@triton.jit
+def vectors(pointer, stride, tile, STEP: tl.constexpr, PAIR: tl.constexpr):
+    """A plane to be walked vector by vector, of single elements or of pairs."""
+    C: tl.constexpr = STEP.GROUPS * STEP.CHANNELS
+    P: tl.constexpr = STEP.COLUMNS * STEP.VECTOR
+    if STEP.INTERLEAVED:
+        entry = tl.arange(0, STEP.CHANNELS // PAIR)[None, None, :]
+        at = pointer + tile.first.to(tl.int64) * stride + (tile.pixel * stride + (tile.channel // PAIR + entry))
+        plane = Plane(at, 1, P * stride, C // PAIR, STEP.PARTS * P * stride)
+    else:
+        entry = along_pixels(pixels_of(STEP.VECTOR // PAIR, STEP), STEP)
+        at = pointer + tile.first // PAIR + (tile.channel * stride + entry)
+        plane = Plane(at, stride, P // PAIR, C * stride, STEP.PARTS * P // PAIR)
+    return plane
+
+
+@triton.jit
+def widened(at, valid):
+    """What is there, in float32; of pairs of bfloat16, twice as many along the last axis."""
+    if at.dtype.element_ty == tl.int32:
+        both = tl.load(at, mask=valid, other=0)
+        both = tl.join(both << 16, both & -65536).to(tl.float32, bitcast=True)
+        value = tl.reshape(both, [at.shape[0], at.shape[1], 2 * at.shape[2]])
+    else:
+        value = tl.load(at, mask=valid, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def entries(x):
+    """A tuple of what lies along the last axis, which is within a thread, with axes of 1 there: nothing moves."""
+    if x.shape[2] == 1:
+        result = (x,)
+    else:
+        HALF: tl.constexpr = x.shape[2] // 2
+        even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], HALF, 2]))
+        even, odd = entries(even), entries(odd)
+        result = ()
+        for i in tl.static_range(HALF):
+            result = result + (even[i], odd[i])
+    return result
+
+
+@triton.jit
+def stacked(x):
+    """The reverse: tensors along a last axis, of which vectors have one already."""
+    if len(x) == 1:
+        both = x[0]
+        if len(both.shape) == 1:
+            both = tl.expand_dims(both, 1)
+    else:
+        even, odd = (), ()
+        for i in tl.static_range(0, len(x), 2):
+            even, odd = even + (x[i],), odd + (x[i + 1],)
+        if len(x) > 2:
+            both = tl.join(stacked(even), stacked(odd))
+        else:
+            both = tl.join(x[0], x[1])
+        if len(both.shape) == 4:
+            both = tl.reshape(both, [both.shape[0], both.shape[1], 2 * both.shape[2]])
+        elif len(x) > 2:
+            both = tl.reshape(both, [both.shape[0], 2 * both.shape[1]])
+    return both
+
+
+@triton.jit
+def read_block(at, plane, tile, channel, STEP: tl.constexpr):
+    """Each lane's block at these pointers, so many channels from its first; 0 where there is nothing."""
+    PARTS: tl.constexpr = STEP.PARTS
+    CHANNELS: tl.constexpr = STEP.CHANNELS
+    result = ()
+    for part in tl.static_range(PARTS):
+        if STEP.INTERLEAVED and not STEP.NARROW and at.shape[2] > 1:
+            result = result + entries(widened(at + part * plane.part, present(tile, channel, part, STEP)))
+        else:
+            for j in tl.static_range(CHANNELS):
+                valid = present(tile, channel + j * STEP.NEXT_CHANNEL, part, STEP)
+                result = result + (widened(at + part * plane.part + j * plane.channel, valid),)
+    return result
+
+
+@triton.jit
+def write_block(at, plane, values, tile, channel, STEP: tl.constexpr):
+    """The reverse of ``read_block``, in the dtype of the memory."""
+    PARTS: tl.constexpr = STEP.PARTS
+    CHANNELS: tl.constexpr = STEP.CHANNELS
+    for part in tl.static_range(PARTS):
+        if STEP.INTERLEAVED and not STEP.NARROW:
+            value = stacked(values[part * STEP.CHANNELS : (part + 1) * STEP.CHANNELS])
+            valid = present(tile, channel, part, STEP)
+            tl.store(at + part * plane.part, value.to(at.dtype.element_ty), mask=valid)
+        else:
+            for j in tl.static_range(CHANNELS):
+                value = values[part * STEP.CHANNELS + j].to(at.dtype.element_ty)
+                valid = present(tile, channel + j * STEP.NEXT_CHANNEL, part, STEP)
+                tl.store(at + part * plane.part + j * plane.channel, value, mask=valid)
+
+
+@triton.jit
+def read_channels(at, FIRST: tl.constexpr, COUNT: tl.constexpr, tile, channel, STEP: tl.constexpr):
+    """A tuple of what some of each lane's channels have one float32 of; ``at`` points to each lane's first."""
+    result = ()
+    if STEP.EVEN and STEP.NEXT_CHANNEL == 1:
+        SIZE: tl.constexpr = min(COUNT, 4)
+        for first in tl.static_range(FIRST, FIRST + COUNT, SIZE):
+            result = result + entries(tl.load(at + (first + tl.arange(0, SIZE))[None, None, :]))
+    else:
+        for j in tl.static_range(FIRST, FIRST + COUNT):
+            valid = tile.channel + (channel + j * STEP.NEXT_CHANNEL) < tile.channels
+            result = result + (tl.load(at + j * STEP.NEXT_CHANNEL, mask=valid, other=0.0),)
+    return result
+
+
+@triton.jit
+def read_pixels(at, part: tl.constexpr, STEP: tl.constexpr):
+    """A part's pixels of what each pixel of whole tiles has four bytes of; ``at`` points to the step's first."""
+    at += part * (STEP.COLUMNS * STEP.VECTOR)
+    if STEP.VECTOR == 8 and not STEP.NARROW:
+        # Two loads of 128 bits, and lanes have the eight pixels that they have of half types.
+        at += along_pixels(tl.arange(0, STEP.COLUMNS)[:, None] * 8 + tl.arange(0, 4)[None, :], STEP)
+        both = tl.permute(tl.join(tl.load(at), tl.load(at + 4)), [0, 1, 3, 2])
+        value = tl.reshape(both, [both.shape[0], both.shape[1], 8])
+    else:
+        value = tl.load(at + along_pixels(pixels_of(STEP.VECTOR, STEP), STEP))
+    return value
+
+
+@triton.jit
+def over_pixels(x, STEP: tl.constexpr):
+    """Sums over pixels, as far as they are within a warp; ``over_warps`` adds up the rest."""
+    x = tl.sum(x, 2)
+    if STEP.INTERLEAVED:
+        LANES: tl.constexpr = max(32 // STEP.GROUPS, 1)
+        x = tl.reshape(x, [STEP.GROUPS, STEP.COLUMNS // (LANES * STEP.WARPS), STEP.WARPS, LANES])
+        total = tl.sum(tl.sum(x, 1), 2)
+    else:
+        total = tl.sum(x, 0)
+    return total
+
+
+@triton.jit
+def over_warps(x):
+    """Of many of ``over_pixels``, stacked: [GROUPS, how many]."""
+    if len(x.shape) == 3:
+        x = tl.sum(x, 1)
+    return x
+
+
+@triton.jit
+def over_groups(x, STEP: tl.constexpr):
+    """Sums over channels, [COLUMNS, VECTOR]."""
+    return tl.sum(x, 0 if STEP.INTERLEAVED else 1)
