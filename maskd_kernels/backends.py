@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import os
 import threading
 import weakref
-from collections.abc import Iterator
 from contextvars import ContextVar
 from types import TracebackType
 
@@ -79,14 +77,17 @@ class use_backend:
         _of_block.set(self._outer.pop())
 
 
-@contextlib.contextmanager
-def running(name: str) -> Iterator[None]:
+class running:
     """This backend for the block, which calls nothing of the user's: how a backward follows its forward."""
-    before = _of_block.set(name)
-    try:
-        yield
-    finally:
-        _of_block.reset(before)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._before = _of_block.set(self._name)
+
+    def __exit__(self, *_: object) -> None:
+        _of_block.reset(self._before)
 
 
 def current_backend() -> str:

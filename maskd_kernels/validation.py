@@ -25,7 +25,7 @@ def shape_of(x: Tensor) -> str:
 def as_levels(x: Levels, name: str) -> list[Tensor]:
     """A tensor or a sequence of tensors as a list."""
     found = [x] if isinstance(x, Tensor) else list(x) if isinstance(x, (list, tuple)) else None
-    if found is None or not all(isinstance(level, Tensor) for level in found):
+    if found is None or not all([isinstance(level, Tensor) for level in found]):
         raise TypeError(f"{name}: expected a tensor or a list of tensors, got {kind_of(x)}")
     if not found:
         raise ValueError(f"{name}: expected at least one level, got an empty list")

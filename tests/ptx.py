@@ -32,6 +32,7 @@ from triton.runtime import driver
 
 from bench.compiled import Driver
 from maskd_kernels import backends, use_backend
+from maskd_kernels.triton.launch import _Call
 
 THREADS = 1024
 GRID = (2**31 - 1, 65535, 65535)
@@ -227,8 +228,20 @@ INTEGERS = {"i1": "i1", "i8": "i1", "i16": "i2", "i32": "i4", "i64": "i8", "u1":
 INTEGERS |= {"u32": "u4", "u64": "u8", "fp32": "f4", "f32": "f4"}
 
 
-def execute(source, grid, threads, signature, arguments, shared_bytes, architecture=80):
-    """Runs the kernel of a PTX module on CPU tensors; ``PtxError`` where it does what it must not."""
+def tensor_at(address, tensors):
+    """What begins at an address, or the rest of what it lies in; None for memory of no size."""
+    for x in sorted(tensors, key=lambda x: -x.data_ptr()):
+        first = (address - x.data_ptr()) // x.element_size()
+        if 0 <= first < x.numel():
+            return x.view(-1)[first:] if first else x
+    return None
+
+
+def execute(source, grid, threads, signature, arguments, shared_bytes, architecture=80, tensors=()):
+    """Runs the kernel of a PTX module on CPU tensors; ``PtxError`` where it does what it must not.
+
+    Addresses among the arguments are those of ``tensors``, or lie in them.
+    """
     program, steps = steps_of(source)
     if any(not 0 < size <= most for size, most in zip(grid, GRID, strict=True)):
         raise PtxError(f"grid {grid} is beyond the limits {GRID}")
@@ -237,6 +250,7 @@ def execute(source, grid, threads, signature, arguments, shared_bytes, architect
     if shared_bytes > SHARED_BYTES[architecture]:
         raise PtxError(f"{shared_bytes} bytes of shared memory, at most {SHARED_BYTES[architecture]}")
     values = [*flatten(signature, arguments), ("scratch", None), ("scratch", None)]
+    values = [(k, tensor_at(x, tensors) if k[0] == "*" and isinstance(x, int) else x) for k, x in values]
     memory = GlobalMemory([x for _, x in values if isinstance(x, torch.Tensor)], program.word_of("global"))
     parameters = {}
     for (name, _), (kind, value) in zip(program.parameters, values, strict=True):
@@ -257,6 +271,7 @@ class Executor(Driver):
     def __init__(self, architecture=80, rewrite=lambda source: source):
         super().__init__(architecture)
         self.rewrite, self.unlike = rewrite, set()
+        self.tensors = []  # of the call that is being repeated
 
     def launcher_cls(self, source, metadata):
         def launch(x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
@@ -266,7 +281,9 @@ class Executor(Driver):
             active.launches.append(source.fn.__name__)
             block, signature = metadata.num_warps * WARP, source.signature.values()
             try:
-                done = execute(active.rewrite(ptx), (x, y, z), block, signature, arguments, metadata.shared)
+                done = execute(
+                    active.rewrite(ptx), (x, y, z), block, signature, arguments, metadata.shared, tensors=active.tensors
+                )
             except PtxError as error:
                 raise PtxError(f"{source.fn.__name__}: {error}") from error
             if done.unlike:
@@ -280,8 +297,14 @@ def execution(**options):
     """Within it the operators run compiled, on CPU tensors; new memory is filled with what nobody writes."""
     before = backends.why_no_triton, torch.utils.deterministic.fill_uninitialized_memory
     deterministic = torch.are_deterministic_algorithms_enabled()
-    executor = Executor(**options)
+    executor, repeat = Executor(**options), _Call.repeat
+
+    def watched(call, tensors, addresses):
+        executor.tensors = tensors
+        return repeat(call, tensors, addresses)
+
     try:
+        _Call.repeat = watched
         driver.set_active(executor)
         backends.why_no_triton = lambda device_type: None
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -289,5 +312,6 @@ def execution(**options):
         with use_backend("triton"):
             yield executor
     finally:
+        _Call.repeat = repeat
         backends.why_no_triton, torch.utils.deterministic.fill_uninitialized_memory = before
         torch.use_deterministic_algorithms(deterministic)

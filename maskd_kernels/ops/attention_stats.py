@@ -6,7 +6,6 @@ Defined, and computed slowly, by ``maskd_kernels.reference``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from maskd_kernels import backends, native, reference
 from maskd_kernels.ops import layout
 from maskd_kernels.ops.registration import Backward, Operator
 from maskd_kernels.reference import compute_dtype
+from maskd_kernels.triton.launch import made, recalled
 
 _NAME = "maskd_kernels::attention_stats"
 _BACKWARD_NAME = "maskd_kernels::attention_stats_backward"
@@ -57,11 +57,14 @@ torch.library.register_fake(_NAME, _fake)
 
 def _forward(x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     backend = backends.resolve(x[0].device, compute_dtype(x[0].dtype))
+    if backend == "triton":
+        attention, mean = _triton_forward(x)
+        return list(attention), list(mean)
     attention, mean = _empty(x, pooled=backend == "native")
     if backend == "reference":
         for out, computed in zip((attention, mean), reference.attention_stats(x), strict=True):
             layout.copy_all(out, computed)
-    elif backend == "native":
+    else:
         for level, to_attention, to_mean in zip(x, attention, mean, strict=True):
             a = layout.dense_view(level)
             native.module().attention_stats_forward(
@@ -71,10 +74,15 @@ def _forward(x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
                 mean=native.address(to_mean),
                 float64=level.dtype == torch.float64,
             )
-    else:
-        from maskd_kernels.triton import attention_stats as kernels
+    return attention, mean
 
-        kernels.forward(x, attention, mean)
+
+@recalled
+def _triton_forward(x: list[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    from maskd_kernels.triton import attention_stats as kernels
+
+    attention, mean = made(_empty(x))
+    kernels.forward(x, attention, mean)
     return attention, mean
 
 
@@ -87,11 +95,13 @@ torch.library.register_fake(_BACKWARD_NAME, _backward_fake)
 
 def _backward(x: list[Tensor], grad_attention: list[Tensor], grad_mean: list[Tensor]) -> list[Tensor]:
     backend = backends.resolve(x[0].device, compute_dtype(x[0].dtype))
-    out = layout.empty_like(x, pooled=backend == "native")
     grad_attention, grad_mean = [g.contiguous() for g in grad_attention], [g.contiguous() for g in grad_mean]
+    if backend == "triton":
+        return list(_triton_backward(x, grad_attention, grad_mean))
+    out = layout.empty_like(x, pooled=backend == "native")
     if backend == "reference":
         layout.copy_all(out, reference.attention_stats_backward(x, grad_attention, grad_mean))
-    elif backend == "native":
+    else:
         for level, from_attention, from_mean, result in zip(x, grad_attention, grad_mean, out, strict=True):
             a = layout.dense_view(level)
             native.module().attention_stats_backward(
@@ -102,15 +112,21 @@ def _backward(x: list[Tensor], grad_attention: list[Tensor], grad_mean: list[Ten
                 grad_mean=native.address(from_mean),
                 float64=level.dtype == torch.float64,
             )
-    else:
-        from maskd_kernels.triton import attention_stats as kernels
-
-        kernels.backward(x, grad_attention, grad_mean, out)
     return out
 
 
-def _autograd(call: Backward, grad_attention: list[Tensor], grad_mean: list[Tensor]) -> tuple[Any, ...]:
-    return (call.run(*call.arguments, grad_attention, grad_mean),)
+@recalled
+def _triton_backward(x: list[Tensor], grad_attention: list[Tensor], grad_mean: list[Tensor]) -> tuple[Tensor, ...]:
+    from maskd_kernels.triton import attention_stats as kernels
+
+    out = made(layout.empty_like(x))
+    kernels.backward(x, grad_attention, grad_mean, out)
+    return tuple(out)
+
+
+def _autograd(call: Backward, grad_attention: list[Tensor], grad_mean: list[Tensor]) -> list[Tensor]:
+    gradients: list[Tensor] = call.run(*call.arguments, grad_attention, grad_mean)
+    return gradients
 
 
 _operator = Operator("attention_stats", _forward, _backward, reference.attention_stats, _autograd, small=_SMALL)

@@ -31,6 +31,7 @@ from maskd_kernels.ops import layout
 from maskd_kernels.ops import receptive_stats as stats_op
 from maskd_kernels.ops.registration import as_saved, is_eager, is_followed, is_plain
 from maskd_kernels.reference import ReceptiveStats, compute_dtype
+from maskd_kernels.triton.launch import empty, recalled
 
 
 @dataclasses.dataclass
@@ -74,7 +75,7 @@ class Plan:
     share: tuple[int, int, int]  # [L, N, K]
     gradients: list[tuple[torch.Size, torch.dtype, tuple[int, ...]]]  # shape, dtype and strides of each
     levels: list[Any]  # as the native kernel takes them, without addresses; none for another backend
-    key: Any  # for the Triton launchers to recall; None where the plan is for one call
+    key: Any  # by which the Triton launchers recall calls; None where the plan is for one call
 
 
 _KEPT_PLANS = 1024  # images come in many sizes
@@ -194,29 +195,33 @@ def _native(
 
 def _triton(plan: Plan, inputs: Inputs, settings: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, masks and shares, as of the native kernel."""
+    customize, eps = settings
+    flag = stats_op.as_flag(customize, inputs.teacher[0].device)
+    losses, masks, share = _triton_forward(inputs, flag, eps, known=plan.key)
+    return losses.sum(), masks, share
+
+
+@recalled
+def _triton_forward(inputs: Inputs, customize: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of each level and image ``[L, N]``, masks and shares."""
     from maskd_kernels.triton import maskd_loss as kernels
 
     teacher, tokens, student, weighting = inputs
-    customize, eps = settings
-    flag = stats_op.as_flag(customize, teacher[0].device)
-    stats = stats_op.triton_forward(teacher, tokens, student, flag, len(weighting) > 0, plan.key)
-    share, loss = kernels.shares(stats, teacher, weighting, eps, known=plan.key)
-    return loss.sum(), stats.masks, share
+    stats = ReceptiveStats(*stats_op.triton_forward(teacher, tokens, student, customize, len(weighting) > 0))
+    share, losses = kernels.shares(stats, teacher, weighting, eps)
+    return losses, stats.masks, share
 
 
+@recalled
 def _triton_backward(
-    plan: Plan, teacher: Sequence[Tensor], tokens: Sequence[Tensor], student: Sequence[Tensor], *of_masks: Tensor
-) -> list[Tensor]:
+    teacher: Sequence[Tensor], tokens: Sequence[Tensor], student: Sequence[Tensor], masks: Tensor, grad_error: Tensor
+) -> tuple[Tensor, ...]:
     """The student's gradients, of the masks and of the gradient of each mask's error."""
-    masks, grad_error = of_masks
-    none = masks.new_empty(0)
-    saved = ReceptiveStats(masks, none, none, none, none, none, none)
-    grad = [None, None, None, None, grad_error, None, None]
-    results = [
-        x.new_empty_strided(shape, stride) for x, (shape, _, stride) in zip(student, plan.gradients, strict=True)
-    ]
-    stats_op.triton_backward(teacher, tokens, student, saved, grad, ([], [], results), plan.key)
-    return results
+    saved, grad = [masks] + [empty(masks, 0)] * 6, [None] * 4 + [grad_error] + [None] * 2
+    gradients: tuple[Tensor, ...] = stats_op.triton_backward(
+        teacher, tokens, student, saved, grad, (False, False, True)
+    )
+    return gradients
 
 
 class _FrozenLoss(torch.autograd.Function):
@@ -251,7 +256,8 @@ class _FrozenLoss(torch.autograd.Function):
             *tensors, masks, share = ctx.saved_tensors
             teacher, tokens, student = (tensors[i * ctx.count : (i + 1) * ctx.count] for i in range(3))
             if ctx.plan.backend == "triton" and not through and is_plain([grad]):
-                gradients = _triton_backward(ctx.plan, teacher, tokens, student, masks, share * grad)
+                known = ctx.plan.key
+                gradients = _triton_backward(teacher, tokens, student, masks, share * grad, known=known)
                 return (None, None, None, None, *gradients)
             none = masks.new_empty(0)
             saved = [masks, none, none, none, none, none, none]

@@ -8,15 +8,13 @@ its sums. Everything else is the library's convolution of the masked image.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from maskd_kernels import backends, native
-from maskd_kernels.ops.registration import Backward, Operator, per_argument
+from maskd_kernels.ops.registration import Backward, Operator
 
 _NAME = "maskd_kernels::masked_conv"
 _BACKWARD_NAME = "maskd_kernels::masked_conv_backward"
@@ -144,10 +142,10 @@ def _backward(
     return grad_x, grad_weight, grad_bias
 
 
-def _autograd(call: Backward, grad: Tensor) -> tuple[Any, ...]:
+def _autograd(call: Backward, grad: Tensor) -> list[Tensor]:
     needs = [call.needs[i] for i in (0, 2, 3)]
     gradients = zip(call.run(*call.arguments[:3], grad, needs), needs, strict=True)
-    return per_argument(call.arguments, call.needs, [g for g, needed in gradients if needed])
+    return [g for g, needed in gradients if needed]
 
 
 _operator = Operator("masked_conv", _forward, _backward, _reference, _autograd)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from maskd_kernels import backends, native, reference
 from maskd_kernels.ops import layout
-from maskd_kernels.ops.registration import Backward, Operator, full_precision, per_argument
+from maskd_kernels.ops.registration import Backward, Operator, full_precision
 from maskd_kernels.reference import TAPS, ReceptiveStats, compute_dtype
+from maskd_kernels.triton.launch import made, recalled
 
 _NAME = "maskd_kernels::receptive_stats"
 _BACKWARD_NAME = "maskd_kernels::receptive_stats_backward"
@@ -114,7 +115,7 @@ def forward(
         with full_precision(teacher[0]):
             return reference.receptive_stats(teacher, tokens, student, customize, sums)
     if backend == "triton":
-        return triton_forward(teacher, tokens, student, customize, sums)
+        return ReceptiveStats(*triton_forward(teacher, tokens, student, customize, sums))
     out = _empty_stats(teacher, tokens, student, customize is not None, sums, pooled=True)
     _native_forward(teacher, tokens, student, customize, out)
     return out
@@ -185,14 +186,14 @@ def _backward(
     needs: list[bool],  # teacher, tokens, student
 ) -> list[Tensor]:
     backend = backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype))
+    upstream = [g.contiguous() if g.numel() else None for g in grad]
+    if backend == "triton":
+        return list(triton_backward(teacher, tokens, student, saved, upstream, needs))
     results = empty_gradients(teacher, tokens, student, needs, pooled=backend == "native")
     if backend == "reference":
         layout.copy_all(chain(*results), reference_backward(teacher, tokens, student, saved, grad, needs))
-        return list(chain(*results))
-    stats = ReceptiveStats(*saved)
-    upstream = [g.contiguous() if g.numel() else None for g in grad]
-    run = _native_backward if backend == "native" else triton_backward
-    run(teacher, tokens, student, stats, upstream, results)
+    else:
+        _native_backward(teacher, tokens, student, ReceptiveStats(*saved), upstream, results)
     return list(chain(*results))
 
 
@@ -210,12 +211,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> list
     return [stats.masks, stats.teacher_masks, stats.distance]
 
 
-def _autograd(call: Backward, *grad: Tensor | None) -> tuple[Any, ...]:
+def _autograd(call: Backward, *grad: Tensor | None) -> list[Tensor]:
     teacher, tokens, student = call.arguments[:3]
     none = call.kept[0].new_empty(0)
     saved, upstream = [*call.kept, none, none, none, none], [none if g is None else g for g in grad]
-    gradients = call.run(teacher, tokens, student, saved, upstream, call.needs[:3])
-    return per_argument(call.arguments, call.needs, gradients)
+    gradients: list[Tensor] = call.run(teacher, tokens, student, saved, upstream, call.needs[:3])
+    return gradients
 
 
 _operator = Operator("receptive_stats", _forward, _backward, reference.receptive_stats, _autograd, _keep)
@@ -223,38 +224,38 @@ _operator = Operator("receptive_stats", _forward, _backward, reference.receptive
 
 # ---- The Triton kernels ------------------------------------------------------------------------
 
-# ``known`` of both: something hashable that decides shapes, strides and dtypes of all tensors; or None.
 
-
+@recalled
 def triton_forward(
     teacher: Sequence[Tensor],
     tokens: Sequence[Tensor],
     student: Sequence[Tensor],
     customize: Tensor | None,
     sums: bool,
-    known: Any = None,
-) -> ReceptiveStats:
+) -> tuple[Tensor, ...]:
     """What ``forward`` returns."""
     from maskd_kernels.triton import receptive_stats as kernels
 
-    out = _empty_stats(teacher, tokens, student, customize is not None, sums)
-    kernels.forward(teacher, tokens, student, customize, out, known=known)
+    out = made(_empty_stats(teacher, tokens, student, customize is not None, sums))
+    kernels.forward(teacher, tokens, student, customize, out)
     return out
 
 
+@recalled
 def triton_backward(
     teacher: Sequence[Tensor],
     tokens: Sequence[Tensor],
     student: Sequence[Tensor],
-    saved: ReceptiveStats,
-    grad: Sequence[Tensor | None],
-    results: tuple[list[Tensor], list[Tensor], list[Tensor]],
-    known: Any = None,
-) -> None:
-    """Fills the gradients that are there."""
+    saved: Sequence[Tensor],  # the fields of ReceptiveStats
+    grad: Sequence[Tensor | None],  # likewise, upstream
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """The gradients that are needed of teacher, tokens and student."""
     from maskd_kernels.triton import receptive_stats as kernels
 
-    kernels.backward(teacher, tokens, student, saved, grad, results, known=known)
+    results = made(empty_gradients(teacher, tokens, student, needs))
+    kernels.backward(teacher, tokens, student, ReceptiveStats(*saved), grad, results)
+    return tuple(chain(*results))
 
 
 # ---- The native kernels ------------------------------------------------------------------------

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -46,9 +45,10 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
     if not is_eager():
         return False
     # Negated views hold the opposite of their values in memory.
-    return all(
-        [(type(x) is Tensor or type(x) is torch.nn.Parameter) and not x.is_neg() and not x.is_meta for x in tensors]
-    )
+    return _PLAIN.issuperset(map(type, tensors)) and not any([x.is_neg() or x.is_meta for x in tensors])
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def as_saved(x: Tensor) -> Tensor:
@@ -67,15 +67,6 @@ class Backward(NamedTuple):
     run: Callable[..., Any]  # ``{name}_backward``
 
 
-def per_argument(arguments: Sequence[Any], needs: Sequence[bool], gradients: Iterable[Any]) -> tuple[Any, ...]:
-    """Gradients that follow each other, those that are wanted, in the structure of the arguments."""
-    rest, result = iter(gradients), []
-    for argument, needed in zip(arguments, needs, strict=True):
-        places = [_Place if needed else None for _ in _flatten(argument)]
-        result.append(_pack(places if isinstance(argument, (list, tuple)) else [*places, None][0], rest))
-    return tuple(result)
-
-
 class Operator:
     """An operator of ``maskd_kernels`` with a second one, ``{name}_backward``, as its gradient.
 
@@ -91,7 +82,7 @@ class Operator:
         forward: the implementation.
         backward: the implementation of ``{name}_backward``.
         reference: the same result by PyTorch's own operations.
-        autograd: ``(call, *grad)``, with a ``Backward``, gives one gradient, or list of gradients, per argument.
+        autograd: ``(call, *grad)``, with a ``Backward``, gives the gradients that are wanted, of all arguments.
         keep: ``(ctx, inputs, output)`` gives what of the results the backward needs, and may mark them.
         small: below so many elements in the first argument's levels the reference is faster on a CPU.
     """
@@ -102,7 +93,7 @@ class Operator:
         forward: Callable[..., Any],
         backward: Callable[..., Any],
         reference: Callable[..., Any],
-        autograd: Callable[..., Any],
+        autograd: Callable[..., Iterable[Any]] = lambda call, *grad: call.run(*call.arguments, *grad, call.needs),
         keep: Callable[..., Sequence[Tensor]] = lambda ctx, inputs, output: (),
         small: int = 0,
     ) -> None:
@@ -113,7 +104,8 @@ class Operator:
 
         def traced(ctx: Any, *grad: Any) -> Any:
             needs = [any(n) if isinstance(n, (list, tuple)) else n for n in ctx.needs_input_grad]
-            return self.differentiate(ctx, needs, grad, direct=False)
+            of_tensors = [(span, kind if kind in (list, Tensor) else None) for span, kind in ctx.places]
+            return _pack(of_tensors, self.differentiate(ctx, needs, grad, direct=False))
 
         def second_derivative(ctx: Any, *grad: Any) -> None:
             raise NotImplementedError(f"{name}_backward: has no derivative; differentiate {name} twice instead")
@@ -125,64 +117,64 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         """The operator's result, differentiable."""
-        tensors = _flatten(arguments)
-        if not torch.compiler.is_compiling() and any([x.is_inference() for x in tensors]):
+        tensors, compiling = _flatten(arguments), torch.compiler.is_compiling()
+        if not compiling and any([x.is_inference() for x in tensors]):
             tensors = [as_saved(x) for x in tensors]
-            arguments = _pack(_structure_of(arguments), iter(tensors))
+            arguments = _pack(_places_in(arguments), tensors)
         if is_transformed():
             with full_precision(tensors[0]):
                 return self.reference(*arguments)
-        if self._is_small(arguments):
+        # Compiled code takes the backend that is set when it runs, which is not known while it is traced.
+        if not compiling and self._is_small(arguments):
             return self.reference(*arguments)
         if not is_plain(tensors):
             return _registered(self.name)(*arguments)
-        if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
+        if not torch.is_grad_enabled() or not any([x.requires_grad for x in tensors]):
             return self.forward(*arguments)
-        structure: list[Any] = []
-        outputs = iter(self._function.apply(self, arguments, structure, *tensors))
-        return _pack(structure[0], outputs)
+        places: list[_Place] = []
+        results = _pack(places, self._function.apply(self, arguments, places, *tensors))
+        return results if len(results) > 1 else results[0]
 
     def _is_small(self, arguments: tuple[Any, ...]) -> bool:
         """Whether PyTorch's own operations are faster on a CPU, as calling the kernels costs more than it saves."""
-        # Compiled code takes the backend that is set when it runs, which is not known while it is traced.
-        if not self.small or torch.compiler.is_compiling() or backends.current_backend() != "auto":
+        if not self.small or backends.current_backend() != "auto":
             return False
         levels: list[Tensor] = arguments[0]
         return levels[0].is_cpu and sum([x.numel() for x in levels]) < self.small
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """What the backward needs, in ``ctx``, as ``torch.library.register_autograd`` calls it."""
-        kept, tensors = self.keep(ctx, inputs, output), _flatten(inputs)
-        ctx.inputs, ctx.asked = _structure_of(inputs), backends.current_backend()
-        ctx.save_for_backward(*tensors, *kept)
+        ctx.places, ctx.asked = _places_in(inputs), backends.current_backend()
+        ctx.save_for_backward(*_flatten(inputs), *self.keep(ctx, inputs, output))
 
-    def differentiate(self, ctx: Any, needs: list[bool], grad: tuple[Any, ...], direct: bool) -> Any:
-        """One gradient, or list of gradients, per argument; ``direct``: from the kernels where they may run."""
-        saved = iter(ctx.saved_tensors)
-        arguments, kept = _pack(ctx.inputs, saved), list(saved)
-        if is_followed(_flatten(grad)):
-            return self._through_reference(arguments, needs, _leaves(grad))
-        direct = direct and is_plain(_flatten(grad))
-        run = self.backward if direct else _registered(f"{self.name}_backward")
-        with backends.running(ctx.asked):
-            return self.autograd(Backward(arguments, kept, needs, run), *grad)
+    def differentiate(self, ctx: Any, needs: list[bool], grad: Sequence[Any], direct: bool) -> list[Any]:
+        """A gradient or None for each tensor; ``direct``: from the kernels where they may run."""
+        saved, given = list(ctx.saved_tensors), _flatten(grad)
+        arguments, kept = _pack(ctx.places, saved), saved[ctx.places[-1][0].stop :]
+        if is_followed(given):
+            gradients: Iterable[Any] = self._through_reference(arguments, needs, _leaves(grad))
+        else:
+            run = self.backward if direct and is_plain(given) else _registered(f"{self.name}_backward")
+            with backends.running(ctx.asked):
+                gradients = self.autograd(Backward(arguments, kept, needs, run), *grad)
+        rest, spans = iter(gradients), [span for span, _ in ctx.places]
+        return [next(rest) if needed else None for span, needed in zip(spans, needs, strict=True) for _ in saved[span]]
 
-    def _through_reference(self, arguments: tuple[Any, ...], needs: list[bool], grad: list[Any]) -> tuple[Any, ...]:
+    def _through_reference(self, arguments: tuple[Any, ...], needs: list[bool], grad: list[Any]) -> Sequence[Any]:
         """The gradients as PyTorch derives them from the reference: it can go on from there."""
         again = torch.is_grad_enabled()
         with torch.enable_grad(), full_precision(_flatten(arguments)[0]):
             own = [
-                _pack(_structure_of(x), map(_own, _flatten(x))) if needed else x
+                x if not needed else _own(x) if isinstance(x, Tensor) else [*map(_own, x)]
                 for x, needed in zip(arguments, needs, strict=True)
             ]
             outputs = zip(_leaves(self.reference(*own)), grad, strict=True)
             reached = [(y, g) for y, g in outputs if g is not None and y.requires_grad]
             inputs = _flatten([x for x, needed in zip(own, needs, strict=True) if needed])
-            found: Sequence[Any] = [None] * len(inputs)
-            if reached:
-                results, upstream = zip(*reached, strict=True)
-                found = torch.autograd.grad(results, inputs, upstream, create_graph=again, allow_unused=True)
-        return per_argument(arguments, needs, found)
+            if not reached:
+                return [None] * len(inputs)
+            results, upstream = zip(*reached, strict=True)
+            return torch.autograd.grad(results, inputs, upstream, create_graph=again, allow_unused=True)
 
 
 def _registered(name: str) -> Any:
@@ -198,46 +190,55 @@ def _leaves(nested: Any) -> list[Any]:
     return [x for item in nested for x in _leaves(item)] if isinstance(nested, (list, tuple)) else [nested]
 
 
-def _flatten(nested: Any) -> list[Tensor]:
-    return [x for x in _leaves(nested) if isinstance(x, Tensor)]
+def _flatten(items: Sequence[Any]) -> list[Tensor]:
+    """The tensors among the items, and in those that are lists."""
+    found: list[Any] = []
+    for item in items:
+        if isinstance(item, (list, tuple)):
+            found += item
+        else:
+            found.append(item)
+    return [x for x in found if isinstance(x, Tensor)]
 
 
-class _Place:
-    """Where a tensor was."""
+_Place = tuple[slice, Any]  # where the tensors of an item are in a list of all; list, Tensor, or an item without
 
 
-def _structure_of(nested: Any) -> Any:
-    if isinstance(nested, (list, tuple)):
-        return tuple(map(_structure_of, nested)) if isinstance(nested, tuple) else list(map(_structure_of, nested))
-    return _Place if isinstance(nested, Tensor) else nested
+def _places_in(items: Sequence[Any]) -> list[_Place]:
+    places: list[_Place] = []
+    start = 0
+    for item in items:
+        size, kind = 0, item
+        if isinstance(item, (list, tuple)):
+            size, kind = len(item), list
+        elif isinstance(item, Tensor):
+            size, kind = 1, Tensor
+        places.append((slice(start, start + size), kind))
+        start += size
+    return places
 
 
-def _pack(structure: Any, tensors: Iterator[Any]) -> Any:
-    if isinstance(structure, (list, tuple)):
-        return type(structure)(_pack(item, tensors) for item in structure)
-    return next(tensors) if structure is _Place else structure
+def _pack(places: Sequence[_Place], tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """The items with these tensors."""
+    return tuple(
+        [tensors[span] if kind is list else tensors[span.start] if kind is Tensor else kind for span, kind in places]
+    )
 
 
 class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, operator: Operator, arguments: tuple[Any, ...], structure: list[Any], *tensors: Tensor
+        ctx: Any, operator: Operator, arguments: tuple[Any, ...], places: list[_Place], *_: Tensor
     ) -> tuple[Tensor, ...]:
         output = operator.forward(*arguments)
         operator.save(ctx, arguments, output)
-        structure.append(_structure_of(output))
-        ctx.operator, ctx.structure = operator, structure[0]
-        ctx.sizes = [len(_flatten(x)) for x in arguments]
-        return tuple(_flatten(output))
+        outputs = output if isinstance(output, tuple) else (output,)
+        places += _places_in(outputs)
+        ctx.operator, ctx.outputs = operator, places
+        return tuple(_flatten(outputs))
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor | None) -> tuple[Any, ...]:
-        flags = iter(ctx.needs_input_grad[3:])
-        needs = [any(list(islice(flags, size))) for size in ctx.sizes]
-        packed = _pack(ctx.structure, iter(grad))
-        gradients = ctx.operator.differentiate(ctx, needs, packed if isinstance(packed, tuple) else (packed,), True)
-        flat: list[Any] = [None, None, None]
-        for gradient, size in zip(gradients, ctx.sizes, strict=True):
-            if size:
-                flat += gradient if isinstance(gradient, (list, tuple)) else [gradient]
-        return tuple(flat)
+        flags = ctx.needs_input_grad[3:]
+        needs = [any(flags[span]) for span, _ in ctx.places]
+        return None, None, None, *ctx.operator.differentiate(ctx, needs, _pack(ctx.outputs, grad), direct=True)

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from maskd_kernels import backends, native, reference
 from maskd_kernels.ops import layout
-from maskd_kernels.ops.registration import Backward, Operator, per_argument
+from maskd_kernels.ops.registration import Operator
 from maskd_kernels.reference import compute_dtype
+from maskd_kernels.triton.launch import made, recalled
 
 _NAME = "maskd_kernels::scale_pixels"
 _BACKWARD_NAME = "maskd_kernels::scale_pixels_backward"
@@ -47,10 +47,12 @@ torch.library.register_fake(_NAME, _fake)
 
 def _forward(x: list[Tensor], scale: list[Tensor]) -> list[Tensor]:
     backend = backends.resolve(x[0].device, compute_dtype(x[0].dtype))
+    if backend == "triton":
+        return list(_triton_forward(x, scale))
     out = layout.empty_like(x, pooled=backend == "native")
     if backend == "reference":
         layout.copy_all(out, reference.scale_pixels(x, scale))
-    elif backend == "native":
+    else:
         for level, factor, result in zip(x, scale, out, strict=True):
             a = layout.dense_view(level)
             native.module().scale_pixels_forward(
@@ -60,11 +62,16 @@ def _forward(x: list[Tensor], scale: list[Tensor]) -> list[Tensor]:
                 scale=native.address(factor),
                 float64=level.dtype == torch.float64,
             )
-    else:
-        from maskd_kernels.triton import scale_pixels as kernels
-
-        kernels.forward(x, scale, out)
     return out
+
+
+@recalled
+def _triton_forward(x: list[Tensor], scale: list[Tensor]) -> tuple[Tensor, ...]:
+    from maskd_kernels.triton import scale_pixels as kernels
+
+    out = made(layout.empty_like(x))
+    kernels.forward(x, scale, out)
+    return tuple(out)
 
 
 def _empty_gradients(
@@ -82,10 +89,12 @@ torch.library.register_fake(_BACKWARD_NAME, _backward_fake)
 
 def _backward(x: list[Tensor], scale: list[Tensor], grad: list[Tensor], needs: list[bool]) -> list[Tensor]:
     backend = backends.resolve(x[0].device, compute_dtype(x[0].dtype))
+    if backend == "triton":
+        return list(_triton_backward(x, scale, grad, needs))
     grad_x, grad_scale = results = _empty_gradients(x, scale, needs, pooled=backend == "native")
     if backend == "reference":
         layout.copy_all(chain(*results), chain(*reference.scale_pixels_backward(x, scale, grad, needs)))
-    elif backend == "native":
+    else:
         for i, (level, factor, upstream) in enumerate(zip(x, scale, grad, strict=True)):
             a = layout.dense_view(level)
             g = layout.with_layout(layout.dense_view(upstream), a.interleaved)
@@ -98,15 +107,16 @@ def _backward(x: list[Tensor], scale: list[Tensor], grad: list[Tensor], needs: l
                 grad_scale=native.address(grad_scale[i] if grad_scale else None),
                 float64=level.dtype == torch.float64,
             )
-    else:
-        from maskd_kernels.triton import scale_pixels as kernels
-
-        kernels.backward(x, scale, grad, grad_x, grad_scale)
     return list(chain(*results))
 
 
-def _autograd(call: Backward, grad: list[Tensor]) -> tuple[Any, ...]:
-    return per_argument(call.arguments, call.needs, call.run(*call.arguments, grad, call.needs))
+@recalled
+def _triton_backward(x: list[Tensor], scale: list[Tensor], grad: list[Tensor], needs: list[bool]) -> tuple[Tensor, ...]:
+    from maskd_kernels.triton import scale_pixels as kernels
+
+    results = made(_empty_gradients(x, scale, needs))
+    kernels.backward(x, scale, grad, *results)
+    return tuple(chain(*results))
 
 
-_operator = Operator("scale_pixels", _forward, _backward, reference.scale_pixels, _autograd, small=_SMALL)
+_operator = Operator("scale_pixels", _forward, _backward, reference.scale_pixels, small=_SMALL)

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from maskd_kernels import backends, native, reference
 from maskd_kernels.ops import layout
-from maskd_kernels.ops.registration import Backward, Operator, per_argument
+from maskd_kernels.ops.registration import Operator
 from maskd_kernels.reference import compute_dtype
+from maskd_kernels.triton.launch import made, recalled
 
 _NAME = "maskd_kernels::squared_error"
 _BACKWARD_NAME = "maskd_kernels::squared_error_backward"
@@ -55,10 +55,13 @@ torch.library.register_fake(_NAME, _fake)
 
 def _forward(pred: list[Tensor], target: list[Tensor], scale: list[Tensor]) -> Tensor:
     backend = backends.resolve(pred[0].device, compute_dtype(pred[0].dtype))
+    if backend == "triton":
+        computed: Tensor = _triton_forward(pred, target, scale)
+        return computed
     out = _empty(pred)
     if backend == "reference":
         out.copy_(reference.squared_error(pred, target, scale))
-    elif backend == "native":
+    else:
         for i, (raw, goal) in enumerate(zip(pred, target, strict=True)):
             p = layout.dense_view(raw)
             t = layout.with_layout(layout.dense_view(goal), p.interleaved)
@@ -70,10 +73,15 @@ def _forward(pred: list[Tensor], target: list[Tensor], scale: list[Tensor]) -> T
                 error=native.address(out[i]),
                 float64=raw.dtype == torch.float64,
             )
-    else:
-        from maskd_kernels.triton import squared_error as kernels
+    return out
 
-        kernels.forward(pred, target, scale, out)
+
+@recalled
+def _triton_forward(pred: list[Tensor], target: list[Tensor], scale: list[Tensor]) -> Tensor:
+    from maskd_kernels.triton import squared_error as kernels
+
+    (out,) = made([_empty(pred)])
+    kernels.forward(pred, target, scale, out)
     return out
 
 
@@ -111,13 +119,15 @@ def _backward(
     needs: list[bool],  # pred, target, scale
 ) -> list[Tensor]:
     backend = backends.resolve(pred[0].device, compute_dtype(pred[0].dtype))
+    grad = grad.contiguous()
+    if backend == "triton":
+        return list(_triton_backward(pred, target, scale, grad, needs))
     results = _empty_gradients(pred, target, scale, needs, pooled=backend == "native")
     grad_pred, grad_target, grad_scale = results
-    grad = grad.contiguous()
     if backend == "reference":
         computed = reference.squared_error_backward(pred, target, scale, grad, needs)
         layout.copy_all(chain(*results), chain(*computed))
-    elif backend == "native":
+    else:
         for i, (raw, goal) in enumerate(zip(pred, target, strict=True)):
             p = layout.dense_view(raw)
             t = layout.with_layout(layout.dense_view(goal), p.interleaved)
@@ -132,15 +142,18 @@ def _backward(
                 grad=native.address(grad[i]),
                 float64=raw.dtype == torch.float64,
             )
-    else:
-        from maskd_kernels.triton import squared_error as kernels
-
-        kernels.backward(pred, target, scale, grad, *results)
     return list(chain(*results))
 
 
-def _autograd(call: Backward, grad: Tensor) -> tuple[Any, ...]:
-    return per_argument(call.arguments, call.needs, call.run(*call.arguments, grad, call.needs))
+@recalled
+def _triton_backward(
+    pred: list[Tensor], target: list[Tensor], scale: list[Tensor], grad: Tensor, needs: list[bool]
+) -> tuple[Tensor, ...]:
+    from maskd_kernels.triton import squared_error as kernels
+
+    results = made(_empty_gradients(pred, target, scale, needs))
+    kernels.backward(pred, target, scale, grad, *results)
+    return tuple(chain(*results))
 
 
-_operator = Operator("squared_error", _forward, _backward, reference.squared_error, _autograd, small=_SMALL)
+_operator = Operator("squared_error", _forward, _backward, reference.squared_error, small=_SMALL)

@@ -1,86 +1,113 @@
-"""Launchers that are not run twice for the same shapes, strides, dtypes and alignment.
+"""Launchers that are not run twice for the same shapes, strides, dtypes, devices and alignment.
 
 What a launcher does, turn tensors into kernels, grids, integers and memory in between, follows from these, and takes
 Python longer than a GPU needs for a small map; so does Triton, which chooses the compiled kernel by its arguments at
-every launch. The first call of a ``recalled`` launcher runs it and notes what it asks of ``launch``, ``empty`` and
-``unbind``; later ones repeat that with their own tensors. Where a kernel is given any other new tensor, a copy or a
-view, the launcher is run at each call; likewise by Triton's interpreter, where nothing is compiled.
+every launch. The first call of a ``recalled`` launcher runs it and notes what it asks of ``launch``, ``made``,
+``empty`` and ``unbind``. Later ones repeat that with addresses, which compiled kernels take for tensors; memory that is
+not returned is then one piece. Where a kernel is given any other new tensor, a copy or a view, the launcher is run at
+each call; likewise by Triton's interpreter, where nothing is compiled.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 from collections.abc import Callable, Sequence
-from operator import itemgetter
-from typing import Any
+from contextvars import ContextVar
+from functools import partial, reduce, wraps
+from itertools import accumulate
+from operator import itemgetter, or_
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 KEPT = 1024  # calls of each launcher: images come in many sizes
+ALIGNMENT = 512  # bytes, of each piece of memory: PyTorch's on a GPU
+_USUAL = {Tensor, torch.nn.Parameter}
 
-Step = Callable[[list[Any]], Any]  # of a call, on all tensors that it has so far; may add to them
+Nested = TypeVar("Nested", bound=Sequence[Any])
+Getter = Callable[[Sequence[Any]], Any]  # takes what it wants from a list with an entry for each tensor
 
 
-class _Notes:
-    """What a launcher does, in terms of its tensors: first those that it is given, then those that it makes."""
+class _Call(NamedTuple):
+    """What a launcher does, in terms of a list of tensors: first those that it is given, then those that it makes."""
 
-    def __init__(self, given: list[Any]) -> None:
-        self.tensors = list(given)  # kept while notes are taken, so that no other tensor gets the id of one of them
-        self.places = {id(x): i for i, x in enumerate(given)}
-        self.steps: list[Step] = []
-        self.complete = True
+    makes: Sequence[Callable[[], Tensor]]  # memory for what is not returned comes last
+    parts: list[tuple[int, int]]  # further addresses: so many bytes from an earlier one
+    launches: list[tuple[Callable[..., Any], list[Any], list[tuple[int, Getter]]]]  # kernel, values, addresses
+    result: Getter
 
-    def make(self, step: Step, results: Sequence[Tensor]) -> None:
-        """A step that adds these to the tensors."""
-        self.steps.append(step)
-        for x in results:
-            self.places[id(x)] = len(self.tensors)
-            self.tensors.append(x)
-
-    def place(self, x: Tensor) -> int:
-        """Which of the tensors this is."""
-        self.complete &= id(x) in self.places
-        return self.places.get(id(x), 0)
-
-    def getter(self, value: Any) -> Step | None:
-        """Gives such a value of another call's tensors; None where there are no tensors in it."""
-        if isinstance(value, Tensor):
-            return itemgetter(self.place(value))
-        if not isinstance(value, tuple):
-            return None
-        if len(value) > 1 and all(isinstance(x, Tensor) for x in value):
-            return itemgetter(*map(self.place, value))
-        getters = [self.getter(x) for x in value]
-        if not any(getters):
-            return None
-        # No tensor may be kept beyond its call.
-        parts = [(get, None if get else x) for get, x in zip(getters, value, strict=True)]
-        return lambda tensors: tuple([get(tensors) if get else x for get, x in parts])
-
-    def launch(self, compiled: Any, grid: tuple[int, ...], values: list[Any]) -> None:
-        """A step that launches a compiled kernel."""
-        getters = [(i, get) for i, get in enumerate(map(self.getter, values)) if get is not None]
-        for i, _ in getters:
-            values[i] = None
-        run = compiled[(*grid, 1, 1)[:3]]
-
-        def step(tensors: list[Any]) -> None:
+    def repeat(self, tensors: list[Tensor], addresses: list[int]) -> Any:
+        """Does the same with these tensors. Adds to both lists."""
+        new = [make() for make in self.makes]
+        tensors += new
+        addresses += [x.data_ptr() for x in new]
+        for place, offset in self.parts:
+            addresses.append(addresses[place] + offset)
+        for run, values, getters in self.launches:
             arguments = values.copy()
             for i, get in getters:
-                arguments[i] = get(tensors)
+                arguments[i] = get(addresses)
             run(*arguments)
-
-        self.steps.append(step)
-
-
-class _Current(threading.local):
-    notes: _Notes | None = None
+        return self.result(tensors)
 
 
-_current = _Current()
+class _Notes(NamedTuple):
+    """What a launcher does. Holds all tensors while notes are taken, so that none gets the id of another."""
+
+    made: list[Tensor]
+    rows: list[tuple[Tensor, Tensor]]  # each with the tensor that it is a row of
+    launches: list[tuple[Any, tuple[int, ...], list[Any]]]  # compiled kernel, grid, arguments
+
+    def call(self, given: Sequence[Tensor], result: Any) -> _Call | None:
+        """What is to be repeated; None where it cannot be."""
+        returned = set(map(id, _flatten([result], [], [])))
+        kept = [x for x in self.made if id(x) in returned]
+        makes = [partial(torch.empty_strided, x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in kept]
+        places = {id(x): i for i, x in enumerate((*given, *kept))}
+        if not returned <= places.keys():
+            return None
+        get = _getter(result, places) or (lambda _: result)
+        scratch = [x for x in self.made if id(x) not in returned]
+        starts = [0, *accumulate(-(-x.nbytes // ALIGNMENT) * ALIGNMENT for x in scratch)]
+        if scratch:
+            size, device = starts[-1] // torch.float32.itemsize, scratch[0].device
+            makes.append(partial(torch.empty_strided, (size,), (1,), dtype=torch.float32, device=device))
+        first = len(given) + len(makes)
+        parts = [(first - 1, start) for start in starts[:-1]]
+        places |= {id(x): first + i for i, x in enumerate(scratch)}
+        for row, x in self.rows:
+            if id(x) in places:
+                places[id(row)] = first + len(parts)
+                parts.append((places[id(x)], row.data_ptr() - x.data_ptr()))
+        launches = []
+        for compiled, grid, values in self.launches:
+            if compiled is None or any(id(x) not in places for x in _flatten(values, [], [])):
+                return None
+            getters = [_getter(value, places) for value in values]
+            # No tensor may be kept beyond its call.
+            constants = [None if g else value for g, value in zip(getters, values, strict=True)]
+            launches.append((compiled[(*grid, 1, 1)[:3]], constants, [(i, g) for i, g in enumerate(getters) if g]))
+        return _Call(makes, parts, launches, get)
+
+
+def _getter(value: Any, places: dict[int, int]) -> Getter | None:
+    """Gives such a value of another call's tensors; None where there are no tensors in it."""
+    if isinstance(value, Tensor):
+        return itemgetter(places[id(value)])
+    if not isinstance(value, (list, tuple)):
+        return None
+    if len(value) > 1 and all(isinstance(x, Tensor) for x in value):
+        return itemgetter(*[places[id(x)] for x in value])
+    getters = [_getter(x, places) for x in value]
+    if not any(getters):
+        return None
+    parts = [(get, None if get else x) for get, x in zip(getters, value, strict=True)]
+    return lambda entries: tuple([get(entries) if get else x for get, x in parts])
+
+
+_notes: ContextVar[_Notes | None] = ContextVar("notes", default=None)  # that are being taken
 _recalled: list[dict[Any, Any]] = []
 _changing = threading.Lock()
 
@@ -95,67 +122,45 @@ def forget() -> None:
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
     """``kernel[grid](*arguments, **named)``."""
     compiled = kernel[grid](*arguments, **named)
-    if _current.notes is None:
-        return
-    if compiled is None:
-        _current.notes.complete = False
-    else:
+    if (notes := _notes.get()) is not None:
         named.update(zip(kernel.arg_names, arguments, strict=False))
-        _current.notes.launch(compiled, grid, [named[name] for name in kernel.arg_names])
+        notes.launches.append((compiled, grid, [named[name] for name in kernel.arg_names]))
+
+
+def made(memory: Nested) -> Nested:
+    """The launcher's own new tensors, nothing in them: they are made anew in each call."""
+    if (notes := _notes.get()) is not None:
+        _flatten(memory, notes.made, [])
+    return memory
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """New memory on the device of a tensor that the launcher was given."""
-    dtype = dtype or like.dtype
-    result = like.new_empty(shape, dtype=dtype)
-    if _current.notes is not None:
-        place = _current.notes.place(like)
-        _current.notes.make(lambda tensors: tensors.append(tensors[place].new_empty(shape, dtype=dtype)), [result])
-    return result
+    """A new tensor on the device of another one."""
+    return made([like.new_empty(shape, dtype=dtype or like.dtype)])[0]
 
 
 def unbind(x: Tensor) -> tuple[Tensor, ...]:
-    """The rows of a tensor that the launcher was given."""
-    result = x.unbind()
-    if _current.notes is not None:
-        place = _current.notes.place(x)
-        _current.notes.make(lambda tensors: tensors.extend(tensors[place].unbind()), result)
-    return result
+    """The rows of a tensor that the launcher was given or has made."""
+    rows = x.unbind()
+    if (notes := _notes.get()) is not None:
+        notes.rows.extend((row, x) for row in rows)
+    return rows
 
 
-def _flat(arguments: Sequence[Any]) -> tuple[list[Any], list[int]]:
-    """What the arguments hold, and how many of it each sequence."""
-    found: list[Any] = []
-    counts = []
-    for argument in arguments:
-        if isinstance(argument, (list, tuple)):
-            counts.append(len(argument))
-            for part in argument:
-                if isinstance(part, (list, tuple)):
-                    found += part
-                else:
-                    found.append(part)
+def _flatten(nested: Sequence[Any], tensors: list[Tensor], rest: list[Any]) -> list[Tensor]:
+    """The tensors, added to the list; to ``rest`` all else, with how many tensors came before."""
+    for x in nested:
+        if isinstance(x, Tensor):
+            tensors.append(x)
+        elif isinstance(x, (list, tuple)):
+            rest.append((len(tensors), "sequence", len(x)))
+            if _USUAL.issuperset(map(type, x)):
+                tensors += x
+            else:
+                _flatten(x, tensors, rest)
         else:
-            found.append(argument)
-    return found, counts
-
-
-def _key(tensors: list[Any], counts: list[int], known: Any) -> Any:
-    """All that a launcher may look at, and which tensors are the same."""
-    memory: list[int] = []
-    described: list[Any] = []
-    for x in tensors:
-        if not isinstance(x, Tensor):
-            described.append((x,))
-            continue
-        address = x.data_ptr()
-        if address:
-            memory.append(address)
-        # Triton compiles for memory that begins on a multiple of 16 bytes, or not.
-        aligned = address & 15 == 0
-        described.append(aligned if known is not None else (aligned, x.shape, x.stride(), x.dtype))
-    shared = len(set(memory)) < len(memory) and tuple(map(memory.index, memory))
-    return known, tensors[0].device, shared, *counts, *described
+            rest.append((len(tensors), x))
+    return tensors
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -169,46 +174,49 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 def recalled(launcher: Callable[..., Any]) -> Callable[..., Any]:
     """Runs a launcher once for each description of its arguments, on the device of the first tensor.
 
-    The launcher takes tensors, hashable settings, None, and sequences of these or of sequences of them; it returns
-    None, a tensor that it was given or has made, or a tuple of such. It must not look at what tensors hold.
+    The launcher takes tensors, hashable settings, None, and nested sequences of these; it returns None, a tensor that
+    it was given or has made, or a tuple of such. It must not look at what tensors hold, nor which are the same.
 
-    The keyword ``known`` of the recalled launcher: something hashable that decides shapes, strides and dtypes of all
-    tensors; only their alignment is then looked at.
+    The keyword ``known`` of the recalled launcher: something hashable that decides shapes, strides, dtypes and devices
+    of all tensors; only their alignment is then looked at.
     """
-    calls: dict[Any, tuple[list[Step], Step | None]] = {}
+    calls: dict[Any, _Call] = {}
     _recalled.append(calls)
 
-    @functools.wraps(launcher)
+    @wraps(launcher)
     def call(*arguments: Any, known: Any = None) -> Any:
-        if _current.notes is not None:  # part of another launcher
+        if _notes.get() is not None:  # part of another launcher
             return launcher(*arguments)
-        tensors, counts = _flat(arguments)
-        key = _key(tensors, counts, known)
+        rest: list[Any] = []
+        tensors = _flatten(arguments, [], rest)
+        addresses = list(map(Tensor.data_ptr, tensors))
+        if known is None:
+            known = tuple([(x.shape, x.stride(), x.dtype, x.device) for x in tensors])
+        # Triton compiles for memory that begins on a multiple of 16 bytes, or not.
+        odd = reduce(or_, addresses) & 15 and tuple([address & 15 > 0 for address in addresses])
+        key = known, odd, *rest
         noted = calls.get(key)
+        if noted is None:
+            # Notes tell tensors apart by their ids: those of a call with one twice are for such calls alone.
+            ids = [*map(id, tensors)]
+            if len(set(ids)) < len(ids):
+                key = key, tuple(map(ids.index, ids))
+                noted = calls.get(key)
         with on_device_of(tensors[0]):
-            if noted is None:
-                return _first(launcher, arguments, tensors, calls, key)
-            steps, result = noted
-            for step in steps:
-                step(tensors)
-            return None if result is None else result(tensors)
+            if noted is not None:
+                return noted.repeat(tensors, addresses)
+            notes = _Notes([], [], [])
+            before = _notes.set(notes)
+            try:
+                result = launcher(*arguments)
+            finally:
+                _notes.reset(before)
+            noted = notes.call(tensors, result)
+        if noted is not None:
+            with _changing:
+                while len(calls) >= KEPT:
+                    del calls[next(iter(calls))]  # the oldest
+                calls[key] = noted
+        return result
 
     return call
-
-
-def _first(
-    launcher: Callable[..., Any], arguments: tuple[Any, ...], tensors: list[Any], calls: dict[Any, Any], key: Any
-) -> Any:
-    """Runs the launcher, and notes what it does."""
-    notes = _current.notes = _Notes(tensors)
-    try:
-        result = launcher(*arguments)
-    finally:
-        _current.notes = None
-    get = notes.getter(result)
-    if notes.complete:
-        with _changing:
-            while len(calls) >= KEPT:
-                del calls[next(iter(calls))]  # the oldest
-            calls[key] = notes.steps, get
-    return result

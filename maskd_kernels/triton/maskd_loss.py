@@ -19,7 +19,7 @@ from torch import Tensor
 
 from maskd_kernels.reference import TAPS, ReceptiveStats, least_mass
 from maskd_kernels.triton.common import aligned, channel_alignment, encode, integer, offsets, pick
-from maskd_kernels.triton.launch import empty, launch, recalled
+from maskd_kernels.triton.launch import empty, launch
 from maskd_kernels.triton.receptive_stats import PRECISION, pad_tokens
 
 BLOCK_N = 16  # images
@@ -125,44 +125,16 @@ def share_kernel(
 # ---- Launchers ---------------------------------------------------------------------------------
 
 
-@recalled
 def shares(
     stats: ReceptiveStats, teacher: Sequence[Tensor], weighting: Sequence[Sequence[Tensor]], eps: float
 ) -> tuple[Tensor, Tensor]:
     """Each mask's share of the loss ``[L, N, K]``, and the loss of each level and image ``[L, N]``."""
     levels, n, k = stats.mass.shape
+    channels = tuple(t.shape[1] for t in teacher)
+    blocks = triton.cdiv(TAPS * max(channels), BLOCK_J) if weighting else 0
+    logits = empty(stats.mass, levels, blocks, n, k)  # the weighting's are the sums over the blocks
     share, loss = empty(stats.mass, levels, n, k), empty(stats.mass, levels, n)
-    channels = tuple(t.shape[1] for t in teacher)
-    logits = _logits(stats, teacher, weighting) if weighting else empty(stats.mass, levels, 0, n, k)
-    if n:
-        launch(
-            share_kernel,
-            (n, levels),
-            stats.mass,
-            stats.error,
-            logits,
-            share,
-            loss,
-            encode(channels),
-            logits.shape[1],
-            eps,
-            K=k,
-            K_PAD=pad_tokens(k),
-            WEIGHTED=len(weighting) > 0,
-            LEAST_MASS=least_mass(torch.float32),
-            ROWS=32,
-            num_warps=1,
-        )
-    return share, loss
-
-
-def _logits(stats: ReceptiveStats, teacher: Sequence[Tensor], weighting: Sequence[Sequence[Tensor]]) -> Tensor:
-    """``[levels, blocks, N, K]``: the weighting's logits are the sums over the blocks."""
-    levels, n, k = stats.mass.shape
-    channels = tuple(t.shape[1] for t in teacher)
-    blocks = triton.cdiv(TAPS * max(channels), BLOCK_J)
-    logits = empty(stats.mass, levels, blocks, n, k)
-    if n:
+    if n and blocks:
         launch(
             weighting_kernel,
             (blocks, levels),
@@ -183,4 +155,23 @@ def _logits(stats: ReceptiveStats, teacher: Sequence[Tensor], weighting: Sequenc
             BLOCK_J=BLOCK_J,
             num_warps=NUM_WARPS,
         )
-    return logits
+    if n:
+        launch(
+            share_kernel,
+            (n, levels),
+            stats.mass,
+            stats.error,
+            logits,
+            share,
+            loss,
+            encode(channels),
+            blocks,
+            eps,
+            K=k,
+            K_PAD=pad_tokens(k),
+            WEIGHTED=blocks > 0,
+            LEAST_MASS=least_mass(torch.float32),
+            ROWS=32,
+            num_warps=1,
+        )
+    return share, loss
