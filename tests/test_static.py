@@ -138,7 +138,7 @@ def test_goals():
         ("loss receptive_stats.forward_kernel", {"per_element": 16.5}, "16.5 instructions, not 16"),
         ("loss receptive_stats.forward_kernel", {"bytes_in_flight": 31 << 10}, "31 KiB under way, not 32"),
         ("loss receptive_stats.forward_kernel", {"resident_warps": 12}, "12 warps, not 16"),
-        ("loss receptive_stats.backward_kernel", {"per_element": 8.1, "resident_warps": 12}, "8.1 instructions, not 8"),
+        ("loss receptive_stats.student_kernel", {"per_element": 8.1, "resident_warps": 12}, "8.1 instructions, not 8"),
         ("scale scale_pixels.forward_kernel", {"spill_bytes": 8}, "8 bytes spilled"),
     ],
 )
