@@ -35,6 +35,11 @@ class Step(NamedTuple):
     DENSE: bool  # rows of channels follow each other
 
 
+class Steps(NamedTuple):
+    WIDE: Step  # where rows are whole vectors and pixels fill the program's span
+    NARROW: Step
+
+
 class Tile(NamedTuple):
     """A program's share of a level."""
 
@@ -325,7 +330,7 @@ def read_pixels(at, part: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def over_pixels(x, STEP: tl.constexpr):
-    """Sums over pixels, as far as they are within a warp; ``over_warps`` adds up the rest."""
+    """Sums over pixels, as far as they are within a warp; ``write_channels`` adds up the rest."""
     x = tl.sum(x, 2)
     if STEP.INTERLEAVED:
         LANES: tl.constexpr = max(32 // STEP.GROUPS, 1)
@@ -337,11 +342,15 @@ def over_pixels(x, STEP: tl.constexpr):
 
 
 @triton.jit
-def over_warps(x):
-    """Of many of ``over_pixels``, stacked: [GROUPS, how many]."""
-    if len(x.shape) == 3:
-        x = tl.sum(x, 1)
-    return x
+def write_channels(at, sums, c, tile, STEP: tl.constexpr):
+    """Sums of ``over_pixels``, one for each of a lane's channels c, [GROUPS, CHANNELS]; pointers likewise."""
+    total = stacked(sums)
+    if STEP.INTERLEAVED:
+        total = tl.sum(total, 1)  # over warps
+    if STEP.EVEN:
+        tl.store(at, total)
+    else:
+        tl.store(at, total, mask=c < tile.channels)
 
 
 @triton.jit

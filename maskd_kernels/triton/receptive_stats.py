@@ -25,47 +25,9 @@ from torch import Tensor
 
 from maskd_kernels.ops import layout
 from maskd_kernels.reference import ReceptiveStats
-from maskd_kernels.triton.blocks import (
-    Step,
-    channels_of,
-    destination,
-    entries,
-    further,
-    over_groups,
-    over_pixels,
-    over_warps,
-    pixels_of,
-    read_block,
-    read_channels,
-    read_pixels,
-    source,
-    stacked,
-    tile_of,
-    write_block,
-    zeros,
-)
-from maskd_kernels.triton.common import (
-    WIDE,
-    Maps,
-    aligned,
-    as_levels,
-    condition,
-    decode,
-    encode,
-    feature_offsets,
-    integer,
-    level_of,
-    new_partials,
-    of_run,
-    offsets,
-    partial_row,
-    pick,
-    pointers,
-    reduce_shape,
-    reduce_tiles,
-    runs,
-    strides_of,
-)
+from maskd_kernels.triton import blocks, common
+from maskd_kernels.triton.blocks import Step, Steps
+from maskd_kernels.triton.common import aligned, decode, encode, integer, of_run, pick
 from maskd_kernels.triton.launch import empty, launch, recalled
 from maskd_kernels.triton.streams import is_wide, read
 
@@ -73,6 +35,7 @@ PRECISION = tl.constexpr("tf32x3")
 LINES = tl.constexpr(8)  # of an image's border: first row, last row, first column, last column; their corners
 EDGES = tl.constexpr(16)  # what a pixel may lie on: first row (1), last row (2), first column (4), last column (8)
 SLOPES_P = 128  # pixels of a program of slopes_kernel, at most
+BORDER_C = tl.constexpr(128)  # channels of a program that adds up a line
 
 
 class Case(NamedTuple):
@@ -85,6 +48,7 @@ class Case(NamedTuple):
     SUMS: bool  # are wanted, or their gradients are given
     T_INTERLEAVED: bool
     S_INTERLEAVED: bool
+    SUMS_AT: int = 0  # the column of the partial sums where those of channels begin
 
 
 class Features(NamedTuple):
@@ -123,46 +87,36 @@ def walk(features, sums_to, tile, CASE: tl.constexpr, STEP: tl.constexpr):
     """Sums over each lane's channels, a tuple of vectors of pixels: distance, logits, the student's logits."""
     CHANNELS: tl.constexpr = STEP.CHANNELS
     K: tl.constexpr = CASE.K
-    t = source(features.teacher, features.teacher_strides, tile, STEP, CASE.T_INTERLEAVED)
-    s = source(features.student, features.student_strides, tile, STEP, CASE.S_INTERLEAVED)
+    t = blocks.source(features.teacher, features.teacher_strides, tile, STEP, CASE.T_INTERLEAVED)
+    s = blocks.source(features.student, features.student_strides, tile, STEP, CASE.S_INTERLEAVED)
     t_at, s_at, e_at = t.at, s.at, pick(features.tokens, tile.level) + tile.channel
-    channels, sums = channels_of(STEP), ()
+    channels, sums = blocks.channels_of(STEP), ()
     for _ in tl.static_range(1 + K + K * CASE.CUSTOMIZE):
-        sums = sums + (zeros(STEP.VECTOR, STEP),)
+        sums = sums + (blocks.zeros(STEP.VECTOR, STEP),)
     for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
-        x = read_block(t_at, t, tile, start, STEP)
+        x = blocks.read_block(t_at, t, tile, start, STEP)
         y = x
         if CASE.STUDENT:
-            y = read_block(s_at, s, tile, start, STEP)
+            y = blocks.read_block(s_at, s, tile, start, STEP)
         totals = ()
         for j in tl.static_range(CHANNELS):
             if j % STEP.TOKENS == 0:
                 tokens = ()
                 for k in tl.static_range(K):
-                    tokens = tokens + read_channels(e_at + k * tile.channels, j, STEP.TOKENS, tile, start, STEP)
+                    tokens = tokens + blocks.read_channels(e_at + k * tile.channels, j, STEP.TOKENS, tile, start, STEP)
             new = (sums[0] + (y[j] - x[j]) * (y[j] - x[j]),)
             for m in tl.static_range(1, len(sums)):
                 new = new + (sums[m] + tokens[(m - 1) % K * STEP.TOKENS + j % STEP.TOKENS] * (y if m > K else x)[j],)
             sums = new
             if CASE.SUMS:
-                totals = totals + (over_pixels(x[j], STEP),)
+                totals = totals + (blocks.over_pixels(x[j], STEP),)
         if CASE.SUMS:
-            tl.store(sums_to + channels, over_warps(stacked(totals)), mask=is_channel(start + channels, tile, STEP))
+            blocks.write_channels(sums_to + channels, totals, start + channels, tile, STEP)
         sums_to += STEP.GROUPS * STEP.CHANNELS
         e_at += STEP.GROUPS * STEP.CHANNELS
         t_at += t.next_channels
         s_at += s.next_channels
     return sums
-
-
-@triton.jit
-def is_channel(c, tile, STEP: tl.constexpr):
-    """Which of these there are."""
-    if STEP.EVEN:
-        result = tl.full(c.shape, 1, tl.int1)
-    else:
-        result = c < tile.channels
-    return result
 
 
 @triton.jit
@@ -199,9 +153,9 @@ def dot_plane(pointers, strides, tile, STEP: tl.constexpr, INTERLEAVED: tl.const
     """Pointers to a map of the tile's level, [CHANNELS, PIXELS], and from one step's to the next's."""
     stride_n, stride = integer(strides.image, tile.level), integer(strides.rest, tile.level)
     if not STEP.NARROW:
-        stride_n, stride = aligned(stride_n, WIDE), aligned(stride, WIDE)
+        stride_n, stride = aligned(stride_n, common.WIDE), aligned(stride, common.WIDE)
     c, p = tl.arange(0, STEP.CHANNELS), tile.first + tl.arange(0, STEP.SPAN)
-    at = pick(pointers, tile.level) + feature_offsets(tile.n, c, p, stride_n, stride, INTERLEAVED)
+    at = pick(pointers, tile.level) + common.feature_offsets(tile.n, c, p, stride_n, stride, INTERLEAVED)
     step = STEP.CHANNELS
     if not INTERLEAVED:
         step = STEP.CHANNELS * stride.to(tl.int64)
@@ -250,24 +204,29 @@ def statistics(out, customize, tile, column, partial, total_pixels, CASE: tl.con
 
 
 @triton.jit
-def border(pointers, strides, borders, levels, places, index, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
+def border(features, borders, levels, places, index, CASE: tl.constexpr):
     """Sums over one of the lines of an image's border, of some channels."""
     n = tl.program_id(1).to(tl.int64)
     line = index % LINES
     level = index // LINES % len(levels.channels)
-    c = index // (LINES * len(levels.channels)) * BLOCK + tl.arange(0, BLOCK)
+    c = index // (LINES * len(levels.channels)) * BORDER_C + tl.arange(0, BORDER_C)
     width, pixels = integer(places.widths, level), integer(levels.pixels, level)
     last = tl.where((line == 1) | (line >= 6), pixels - width, 0)  # the row; columns begin in the first
     first = last + tl.where((line == 3) | (line == 5) | (line == 7), width - 1, 0)
     size = tl.where(line < 2, width, tl.where(line < 4, pixels // tl.maximum(width, 1), 1))
     size = tl.where((width > 0) & (pixels > 0), size, 0)
-    stride_p, stride_c = tl.full([], 1, tl.int64), integer(strides.rest, level).to(tl.int64)
-    if INTERLEAVED:
+    stride_p, stride_c = tl.full([], 1, tl.int64), integer(features.teacher_strides.rest, level).to(tl.int64)
+    if CASE.T_INTERLEAVED:
         stride_p, stride_c = stride_c, stride_p
-    at = pick(pointers, level) + n * integer(strides.image, level) + first * stride_p + c * stride_c
+    at = (
+        pick(features.teacher, level)
+        + n * integer(features.teacher_strides.image, level)
+        + first * stride_p
+        + c * stride_c
+    )
     stride_p *= tl.where(line < 2, 1, width)
     channels = integer(levels.channels, level)
-    total = tl.zeros([8, BLOCK], tl.float32)
+    total = tl.zeros([8, BORDER_C], tl.float32)
     for start in range(0, size, 8):
         i = start + tl.arange(0, 8)
         valid = (i < size)[:, None] & (c < channels)[None, :]
@@ -285,54 +244,38 @@ def forward_kernel(
     levels,
     places,  # Places
     CASE: tl.constexpr,
-    SUMS_AT: tl.constexpr,
-    BORDER_C: tl.constexpr,
-    STEP: tl.constexpr,
-    NARROW_STEP: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     index = tl.program_id(0)
     tiles = decode(levels.first_tile[len(levels.tiles) - 1]) + decode(levels.tiles[len(levels.tiles) - 1])
     if index < tiles:
         for narrow in tl.static_range(2):
-            if is_wide(index, levels, STEP.SPAN) != narrow:
-                forward_tile(
-                    index, features, out, customize, levels, places, CASE, SUMS_AT, NARROW_STEP if narrow else STEP
-                )
+            if is_wide(index, levels, STEPS.WIDE.SPAN) != narrow:
+                STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
+                forward_tile(index, features, out, customize, levels, places, CASE, STEP)
     elif CASE.SUMS:
-        border(
-            features.teacher,
-            features.teacher_strides,
-            out.borders,
-            levels,
-            places,
-            index - tiles,
-            BORDER_C,
-            CASE.T_INTERLEAVED,
-        )
+        border(features, out.borders, levels, places, index - tiles, CASE)
 
 
 @triton.jit
-def forward_tile(
-    index, features, out, customize, levels, places, CASE: tl.constexpr, SUMS_AT: tl.constexpr, STEP: tl.constexpr
-):
+def forward_tile(index, features, out, customize, levels, places, CASE: tl.constexpr, STEP: tl.constexpr):
     K: tl.constexpr = CASE.K
-    tile = tile_of(index, levels, 0, STEP)
-    column = integer(places.pixel_offsets, tile.level) + tile.first
-    partial = out.partials + partial_row(index, tile.n, tile.level, levels) * decode(places.row_size)
-    total_pixels = decode(places.total_pixels)
+    tile = blocks.tile_of(index, levels, 0, STEP)
+    column, total_pixels = integer(places.pixel_offsets, tile.level) + tile.first, decode(places.total_pixels)
+    partial = out.partials + common.partial_row(index, tile.n, tile.level, levels) * decode(places.row_size)
     d_at = out.distance + tile.n * total_pixels + column
     if STEP.GROUPS > 0:
-        sums = walk(features, partial + SUMS_AT, tile, CASE, STEP)
-        pixel = pixels_of(STEP.VECTOR, STEP)
+        sums = walk(features, partial + CASE.SUMS_AT, tile, CASE, STEP)
+        pixel = blocks.pixels_of(STEP.VECTOR, STEP)
         exists = tile.first + pixel < tile.pixels
         for m in tl.static_range(K + K * CASE.CUSTOMIZE):
             masks = out.teacher_masks if CASE.CUSTOMIZE and m < K else out.masks
             to = masks + (tile.n * K + m % K) * total_pixels + column
-            tl.store(to + pixel, over_groups(sums[1 + m], STEP), mask=exists)
+            tl.store(to + pixel, blocks.over_groups(sums[1 + m], STEP), mask=exists)
         if CASE.STUDENT:
-            tl.store(d_at + pixel, over_groups(sums[0], STEP), mask=exists)
+            tl.store(d_at + pixel, blocks.over_groups(sums[0], STEP), mask=exists)
     else:
-        d, logits, student_logits = walk_by_dot(features, partial + SUMS_AT, tile, CASE, STEP)
+        d, logits, student_logits = walk_by_dot(features, partial + CASE.SUMS_AT, tile, CASE, STEP)
         k, p = tl.arange(0, CASE.K_PAD), tl.arange(0, STEP.SPAN)
         inside = tile.first + p < tile.pixels
         to = (tile.n * K + k[:, None]) * total_pixels + (column + p)[None, :]
@@ -363,8 +306,7 @@ def reduce_stats_kernel(
     out,  # Reduced
     levels,
     places,
-    CASE: tl.constexpr,
-    SUMS_AT: tl.constexpr,  # a multiple of BLOCK
+    CASE: tl.constexpr,  # SUMS_AT is a multiple of BLOCK
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -374,8 +316,8 @@ def reduce_stats_kernel(
     level = tl.program_id(2)
     tiles, channels = integer(levels.tiles, level), integer(levels.channels, level)
     row = (tl.num_programs(1) * integer(levels.first_tile, level) + n * tiles).to(tl.int64)
-    statistic = tl.program_id(0) * BLOCK < SUMS_AT
-    written = i < tl.where(statistic, 2 * K + K * K, SUMS_AT + channels)  # the rest is padding
+    statistic = tl.program_id(0) * BLOCK < CASE.SUMS_AT
+    written = i < tl.where(statistic, 2 * K + K * K, CASE.SUMS_AT + channels)  # the rest is padding
     partial = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, tiles, ROWS):
         r = start + tl.arange(0, ROWS)
@@ -391,7 +333,7 @@ def reduce_stats_kernel(
             tl.store(out.gram + at * (K * K) + (i - 2 * K), total, mask=(i >= 2 * K) & (i < 2 * K + K * K))
     else:
         total_channels = decode(places.total_channels)
-        c = integer(places.channel_offsets, level) + i - SUMS_AT
+        c = integer(places.channel_offsets, level) + i - CASE.SUMS_AT
         lines = borders + n * LINES * total_channels + c
         for tap in tl.static_range(9):
             # The tap above the centre misses the last row, the one left of it the last column.
@@ -476,7 +418,7 @@ def slopes_kernel(
     K: tl.constexpr = CASE.K
     K_PAD: tl.constexpr = CASE.K_PAD
     index, n = tl.program_id(0) // (SPAN // BLOCK), tl.program_id(1).to(tl.int64)
-    level = level_of(index, levels)
+    level = common.level_of(index, levels)
     k, p = tl.arange(0, K_PAD), tl.arange(0, BLOCK)
     first = (index - integer(levels.first_tile, level)) * SPAN + tl.program_id(0) % (SPAN // BLOCK) * BLOCK
     pixels, total_pixels = integer(levels.pixels, level), decode(places.total_pixels)
@@ -520,24 +462,25 @@ def slopes_kernel(
     tl.store(to + K * SPAN, 2 * difference)
     if GIVEN.sums:
         p, image_width = first + p, integer(places.widths, level)
-        x, image = p % tl.maximum(image_width, 1), condition(image_width > 0)
+        x, image = p % tl.maximum(image_width, 1), common.condition(image_width > 0)
         rows = (p < image_width).to(tl.int32) + 2 * (image & (p >= pixels - image_width)).to(tl.int32)
         columns = 4 * (image & (x == 0)).to(tl.int32) + 8 * (image & (x == image_width - 1)).to(tl.int32)
         tl.store(to + (K + 1) * SPAN, (rows + columns).to(tl.float32, bitcast=True))
 
 
 @triton.jit
-def pixel_factor(saved, grad, tile, column, total_pixels, CASE: tl.constexpr, GIVEN: tl.constexpr, STEP: tl.constexpr):
+def pixel_factor(saved, grad, tile, places, CASE: tl.constexpr, GIVEN: tl.constexpr):
     """What the difference of the two maps is multiplied by, of each lane's pixels."""
     K: tl.constexpr = CASE.K
+    total_pixels = decode(places.total_pixels)
     exists, factor = tile.first + tile.pixel < tile.pixels, tl.full(tile.pixel.shape, 0.0, tl.float32)
-    at = tile.n * total_pixels + column + tile.pixel
+    at = tile.n * total_pixels + integer(places.pixel_offsets, tile.level) + tile.first + tile.pixel
     if GIVEN.distance:
         factor += read(grad.distance + at, exists)
     if GIVEN.error:
-        g = grad.error + (tile.level * tl.num_programs(1) + tile.n) * CASE.K
+        g = grad.error + (tile.level * tl.num_programs(1) + tile.n) * K
         for k in tl.static_range(K):
-            m = read(saved.masks + at + (tile.n * (CASE.K - 1) + k) * total_pixels, exists)
+            m = read(saved.masks + at + (tile.n * (K - 1) + k) * total_pixels, exists)
             factor += tl.load(g + k) * m * m
     return 2 * factor
 
@@ -552,47 +495,29 @@ def student_kernel(
     places,  # Places
     CASE: tl.constexpr,
     GIVEN: tl.constexpr,
-    STEP: tl.constexpr,
-    NARROW_STEP: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     """The student's gradient alone: channel by channel."""
     # From the last tile on: the forward pass left it in the cache.
     index = tl.num_programs(0) - 1 - tl.program_id(0)
     for narrow in tl.static_range(2):
-        if is_wide(index, levels, STEP.SPAN) != narrow:
-            student_tile(
-                index, features, saved, grad, out, levels, places, CASE, GIVEN, NARROW_STEP if narrow else STEP
-            )
-
-
-@triton.jit
-def student_tile(
-    index,
-    features,
-    saved,
-    grad,
-    out,
-    levels,
-    places,
-    CASE: tl.constexpr,
-    GIVEN: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    tile = tile_of(index, levels, 0, STEP)
-    column = integer(places.pixel_offsets, tile.level) + tile.first
-    factor = pixel_factor(saved, grad, tile, column, decode(places.total_pixels), CASE, GIVEN, STEP)
-    t = source(features.teacher, features.teacher_strides, tile, STEP, CASE.T_INTERLEAVED)
-    s = source(features.student, features.student_strides, tile, STEP, CASE.S_INTERLEAVED)
-    to = destination(out.student, tile, STEP)
-    t_at, s_at, to_at = t.at, s.at, to.at
-    for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
-        x, y, d = read_block(t_at, t, tile, start, STEP), read_block(s_at, s, tile, start, STEP), ()
-        for m in tl.static_range(len(x)):
-            d = d + (factor * (y[m] - x[m]),)
-        write_block(to_at, to, d, tile, start, STEP)
-        t_at += t.next_channels
-        s_at += s.next_channels
-        to_at += to.next_channels
+        if is_wide(index, levels, STEPS.WIDE.SPAN) != narrow:
+            STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
+            tile = blocks.tile_of(index, levels, 0, STEP)
+            factor = pixel_factor(saved, grad, tile, places, CASE, GIVEN)
+            t = blocks.source(features.teacher, features.teacher_strides, tile, STEP, CASE.T_INTERLEAVED)
+            s = blocks.source(features.student, features.student_strides, tile, STEP, CASE.S_INTERLEAVED)
+            to = blocks.destination(out.student, tile, STEP)
+            t_at, s_at, to_at = t.at, s.at, to.at
+            for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
+                x, d = blocks.read_block(t_at, t, tile, start, STEP), ()
+                y = blocks.read_block(s_at, s, tile, start, STEP)
+                for m in tl.static_range(len(x)):
+                    d = d + (factor * (y[m] - x[m]),)
+                blocks.write_block(to_at, to, d, tile, start, STEP)
+                t_at += t.next_channels
+                s_at += s.next_channels
+                to_at += to.next_channels
 
 
 @triton.jit
@@ -604,45 +529,35 @@ def backward_kernel(
     places,  # Places
     CASE: tl.constexpr,
     WANTED: tl.constexpr,
-    STEP: tl.constexpr,
-    NARROW_STEP: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    """Gradients of the maps and the tokens: pixel by pixel."""
+    """Gradients of the maps and the tokens."""
     # From the last tile on: the forward pass left it in the cache.
     index = tl.num_programs(0) - 1 - tl.program_id(0)
-    wide = is_wide(index, levels, STEP.SPAN)
-    if tl.program_id(2) * (STEP.GROUPS * STEP.CHANNELS) >= integer(levels.channels, level_of(index, levels)):
-        wide = 2  # other levels have more channels
+    channels = integer(levels.channels, common.level_of(index, levels))
+    some = tl.program_id(2) * (STEPS.WIDE.GROUPS * STEPS.WIDE.CHANNELS) < channels  # other levels may have more
     for narrow in tl.static_range(2):
-        if wide == 1 - narrow:
+        if some & (is_wide(index, levels, STEPS.WIDE.SPAN) != narrow):
+            STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
             if STEP.GROUPS > 0:
-                backward_tile(index, features, grad, out, levels, places, CASE, WANTED, NARROW_STEP if narrow else STEP)
+                backward_tile(index, features, grad, out, levels, places, CASE, WANTED, STEP)
             else:
-                backward_by_dot(
-                    index, features, grad, out, levels, places, CASE, WANTED, NARROW_STEP if narrow else STEP
-                )
+                backward_by_dot(index, features, grad, out, levels, places, CASE, WANTED, STEP)
 
 
 @triton.jit
 def backward_tile(
-    index,
-    features,
-    grad,
-    out,
-    levels,
-    places,
-    CASE: tl.constexpr,
-    WANTED: tl.constexpr,
-    STEP: tl.constexpr,
+    index, features, grad, out, levels, places, CASE: tl.constexpr, WANTED: tl.constexpr, STEP: tl.constexpr
 ):
-    PARTS: tl.constexpr = STEP.PARTS
+    """For few tokens, pixel by pixel."""
     K: tl.constexpr = CASE.K
     OWN: tl.constexpr = STEP.CHANNELS
+    PARTS: tl.constexpr = STEP.PARTS
     first_channel = tl.program_id(2) * (STEP.GROUPS * OWN)
-    tile, total_channels = tile_of(index, levels, first_channel, STEP), decode(places.total_channels)
-    t = source(features.teacher, features.teacher_strides, tile, STEP, CASE.T_INTERLEAVED)
-    s = source(features.student, features.student_strides, tile, STEP, CASE.S_INTERLEAVED)
-    to_t, to_s = destination(out.teacher, tile, STEP), destination(out.student, tile, STEP)
+    tile, total_channels = blocks.tile_of(index, levels, first_channel, STEP), decode(places.total_channels)
+    t = blocks.source(features.teacher, features.teacher_strides, tile, STEP, CASE.T_INTERLEAVED)
+    s = blocks.source(features.student, features.student_strides, tile, STEP, CASE.S_INTERLEAVED)
+    to_t, to_s = blocks.destination(out.teacher, tile, STEP), blocks.destination(out.student, tile, STEP)
     t_at, s_at, to_t_at, to_s_at = t.at, s.at, to_t.at, to_s.at
     slopes_at = out.slopes + (tile.n * tl.num_programs(0) + index) * ((K + 2) * STEP.SPAN)
     channel_offset = integer(places.channel_offsets, tile.level)
@@ -651,25 +566,25 @@ def backward_tile(
     edges = grad.edges + tile.n * EDGES * total_channels + channel_offset
     e_at, tokens, sums = pick(features.tokens, tile.level) + tile.channel, (), ()
     for k in tl.static_range(K):
-        tokens = tokens + read_channels(e_at + k * tile.channels, 0, OWN, tile, 0, STEP)
+        tokens = tokens + blocks.read_channels(e_at + k * tile.channels, 0, OWN, tile, 0, STEP)
         for _ in tl.static_range(OWN):
-            sums = sums + (zeros(1, STEP),)
+            sums = sums + (blocks.zeros(1, STEP),)
     for start in range(0, tl.minimum(tile.pixels - tile.first, STEP.SPAN), STEP.COLUMNS * STEP.VECTOR * STEP.PARTS):
-        here, x, y = further(tile, start), (), ()
+        here, x, y = blocks.further(tile, start), (), ()
         if CASE.STUDENT or WANTED.tokens:
-            x = read_block(t_at, t, here, 0, STEP)
+            x = blocks.read_block(t_at, t, here, 0, STEP)
         if CASE.STUDENT:
-            y = read_block(s_at, s, here, 0, STEP)
+            y = blocks.read_block(s_at, s, here, 0, STEP)
         teacher, student = (), ()
         for part in tl.static_range(PARTS):
             slopes, new = (), ()
             for k in tl.static_range(K + CASE.STUDENT):
-                slopes = slopes + (read_pixels(slopes_at + k * STEP.SPAN, part, STEP),)
+                slopes = slopes + (blocks.read_pixels(slopes_at + k * STEP.SPAN, part, STEP),)
             if WANTED.teacher and CASE.SUMS:
-                edge = read_pixels(slopes_at + (K + 1) * STEP.SPAN, part, STEP).to(tl.int32, bitcast=True)
+                edge = blocks.read_pixels(slopes_at + (K + 1) * STEP.SPAN, part, STEP).to(tl.int32, bitcast=True)
                 of_edge = read_edges(edges, edge, total_channels, here, STEP)
             for j in tl.static_range(OWN):
-                gradient = zeros(STEP.VECTOR, STEP)
+                gradient = blocks.zeros(STEP.VECTOR, STEP)
                 if WANTED.teacher and CASE.SUMS:
                     gradient = of_edge[j]
                 if CASE.STUDENT:
@@ -685,22 +600,22 @@ def backward_tile(
                     new = new + (sums[m] + tl.sum(slopes[m // OWN] * x[part * OWN + m % OWN], 2, keep_dims=True),)
                 sums = new
         if WANTED.student:
-            write_block(to_s_at, to_s, student, here, 0, STEP)
+            blocks.write_block(to_s_at, to_s, student, here, 0, STEP)
         if WANTED.teacher:
-            write_block(to_t_at, to_t, teacher, here, 0, STEP)
+            blocks.write_block(to_t_at, to_t, teacher, here, 0, STEP)
         slopes_at += STEP.COLUMNS * STEP.VECTOR * STEP.PARTS
         t_at += t.next_pixels
         s_at += s.next_pixels
         to_t_at += to_t.next_pixels
         to_s_at += to_s.next_pixels
     if WANTED.tokens:
-        to = out.tokens + partial_row(index, tile.n, tile.level, levels) * decode(places.row_size)
-        c = first_channel + channels_of(STEP)
+        to = out.tokens + common.partial_row(index, tile.n, tile.level, levels) * decode(places.row_size)
+        c = first_channel + blocks.channels_of(STEP)
         for k in tl.static_range(K):
             totals = ()
             for j in tl.static_range(OWN):
-                totals = totals + (over_pixels(sums[k * OWN + j], STEP),)
-            tl.store(to + k * tile.channels + c, over_warps(stacked(totals)), mask=is_channel(c, tile, STEP))
+                totals = totals + (blocks.over_pixels(sums[k * OWN + j], STEP),)
+            blocks.write_channels(to + k * tile.channels + c, totals, c, tile, STEP)
 
 
 @triton.jit
@@ -708,36 +623,28 @@ def read_edges(edges, edge, total_channels, tile, STEP: tl.constexpr):
     """Of each channel and pixel, by what edges the pixel lies on: a tuple of each lane's channels."""
     CHANNELS: tl.constexpr = STEP.CHANNELS
     VECTOR: tl.constexpr = STEP.VECTOR
-    pixels, found, result = entries(edge), (), ()
+    pixels, found, result = blocks.entries(edge), (), ()
     for i in tl.static_range(VECTOR):
-        found = found + read_channels(
+        found = found + blocks.read_channels(
             edges + pixels[i] * total_channels + tile.channel, 0, STEP.CHANNELS, tile, 0, STEP
         )
     for j in tl.static_range(CHANNELS):
-        result = result + (stacked(found[j :: STEP.CHANNELS]),)
+        result = result + (blocks.stacked(found[j :: STEP.CHANNELS]),)
     return result
 
 
 @triton.jit
 def backward_by_dot(
-    index,
-    features,
-    grad,
-    out,
-    levels,
-    places,
-    CASE: tl.constexpr,
-    WANTED: tl.constexpr,
-    STEP: tl.constexpr,
+    index, features, grad, out, levels, places, CASE: tl.constexpr, WANTED: tl.constexpr, STEP: tl.constexpr
 ):
-    """The same for many tokens, channel by channel."""
+    """For many tokens, channel by channel."""
     K: tl.constexpr = CASE.K
-    tile = tile_of(index, levels, 0, STEP)
+    tile = blocks.tile_of(index, levels, 0, STEP)
     k, p = tl.arange(0, CASE.K_PAD), tl.arange(0, STEP.SPAN)
     t_at, t_step = dot_plane(features.teacher, features.teacher_strides, tile, STEP, CASE.T_INTERLEAVED)
     s_at, s_step = dot_plane(features.student, features.student_strides, tile, STEP, CASE.S_INTERLEAVED)
     tokens, total_channels = pick(features.tokens, tile.level), decode(places.total_channels)
-    tokens_to = out.tokens + partial_row(index, tile.n, tile.level, levels) * decode(places.row_size)
+    tokens_to = out.tokens + common.partial_row(index, tile.n, tile.level, levels) * decode(places.row_size)
     image = tile.n * (tile.pixels.to(tl.int64) * tile.channels)
     to_t, to_s = pick(out.teacher, tile.level) + image, pick(out.student, tile.level) + image
     stride = tile.channels if CASE.S_INTERLEAVED else tile.pixels
@@ -752,7 +659,7 @@ def backward_by_dot(
     for start in range(0, tile.end, STEP.CHANNELS):
         c = start + tl.arange(0, STEP.CHANNELS)
         valid = (c < tile.channels)[:, None] & (tile.first + p < tile.pixels)[None, :]
-        to = feature_offsets(0, c, tile.first + p, 0, stride, CASE.S_INTERLEAVED)
+        to = common.feature_offsets(0, c, tile.first + p, 0, stride, CASE.S_INTERLEAVED)
         x = read(t_at, valid)  # [CHANNELS, PIXELS]
         gradient = tl.full([STEP.CHANNELS, STEP.SPAN], 0.0, tl.float32)
         if CASE.STUDENT:
@@ -779,10 +686,9 @@ def backward_by_dot(
 FEW_LOGITS = 16  # of a pixel, that multiply-adds serve: more of them, and tensor cores do
 PIXEL_LOGITS = 8  # up to as many, a thread has eight pixels: otherwise four, as registers are few
 WARPS = 4
-BORDER_C = 128  # channels of a program that adds up a line
 
 
-def forward_step(maps: Maps, logits: int) -> Step:
+def forward_step(maps: common.Maps, logits: int) -> Step:
     """A thread reads 128 bits at a time, where it can; as many warps as may be, so none has more than 128 registers."""
     half, interleaved, many = _element_size(maps) == 2, maps[0][0].interleaved, logits > PIXEL_LOGITS
     if logits > FEW_LOGITS:
@@ -794,7 +700,7 @@ def forward_step(maps: Maps, logits: int) -> Step:
     return _step(maps, 4, 8, 32, 4, tokens=2 if logits > 6 else 4)
 
 
-def student_step(maps: Maps) -> Step:
+def student_step(maps: common.Maps) -> Step:
     """Likewise; laid out as the gradient is."""
     half, interleaved = _element_size(maps) == 2, maps[0][-1].interleaved
     if interleaved:
@@ -802,7 +708,7 @@ def student_step(maps: Maps) -> Step:
     return _step(maps, 8 if half else 4, 4, 16 if half else 32, 8 if half else 4)
 
 
-def backward_step(maps: Maps, logits: int) -> Step:
+def backward_step(maps: common.Maps, logits: int) -> Step:
     """Likewise; lanes along channels, where these are neighbours, and otherwise few along pixels."""
     half, interleaved = _element_size(maps) == 2, maps[0][-1].interleaved
     if logits > FEW_LOGITS:
@@ -818,12 +724,12 @@ def backward_step(maps: Maps, logits: int) -> Step:
     return step._replace(SPAN=max(step.SPAN, 128 * programs))
 
 
-def _dot_step(maps: Maps, channels: int, pixels: int, interleaved: bool) -> Step:
+def _dot_step(maps: common.Maps, channels: int, pixels: int, interleaved: bool) -> Step:
     """[channels, pixels] at a time."""
     return _step(maps, 0, channels, pixels, 1)._replace(INTERLEAVED=interleaved)
 
 
-def _step(maps: Maps, groups: int, own: int, columns: int, vector: int, tokens: int = 0, parts: int = 1) -> Step:
+def _step(maps: common.Maps, groups: int, own: int, columns: int, vector: int, tokens: int = 0, parts: int = 1) -> Step:
     channels = [level[0].shape[1] for level in maps]
     alike, dense = len(set(channels)) == 1, all(m.rest_stride == m.shape[1] for level in maps for m in level)
     return Step(
@@ -844,14 +750,15 @@ def _step(maps: Maps, groups: int, own: int, columns: int, vector: int, tokens: 
     )
 
 
-def narrowed(step: Step, channels: int = 0) -> Step:
-    """For tiles that are walked element by element; a lane may have fewer channels then."""
+def steps_of(step: Step, channels: int = 0) -> Steps:
+    """Element by element, a lane may have fewer channels."""
     own = channels or step.CHANNELS
     between = step.GROUPS if step.INTERLEAVED else 1
-    return step._replace(NARROW=True, CHANNELS=own, TOKENS=min(step.TOKENS, own), NEXT_CHANNEL=between)
+    narrow = step._replace(NARROW=True, CHANNELS=own, TOKENS=min(step.TOKENS, own), NEXT_CHANNEL=between)
+    return Steps(step, narrow)
 
 
-def _element_size(maps: Maps) -> int:
+def _element_size(maps: common.Maps) -> int:
     return max(m.tensor.element_size() for m in maps[0])
 
 
@@ -860,25 +767,25 @@ def pad_tokens(num_tokens: int) -> int:
     return max(16, int(triton.next_power_of_2(num_tokens)))
 
 
-def _dense(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Maps:
+def _dense(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> common.Maps:
     """Per level its teacher, and its student where there is one. Their layouts may differ."""
     levels = zip(teacher, student, strict=True) if student else zip(teacher, strict=True)
     return [tuple(layout.dense_view(x) for x in level) for level in levels]
 
 
-def _features(maps: Maps, tokens: Sequence[Tensor]) -> Features:
+def _features(maps: common.Maps, tokens: Sequence[Tensor]) -> Features:
     """Of a run of levels."""
     t, s = [level[0] for level in maps], [level[-1] for level in maps]
-    embeddings = tuple(e.contiguous() for e in tokens) if tokens else pointers(t)
-    return Features(pointers(t), pointers(s), embeddings, strides_of(t), strides_of(s))
+    embeddings = tuple(e.contiguous() for e in tokens) if tokens else common.pointers(t)
+    return Features(common.pointers(t), common.pointers(s), embeddings, common.strides_of(t), common.strides_of(s))
 
 
-def _places(teacher: Sequence[Tensor], maps: Maps, run: slice, total_pixels: int, row_size: int) -> Places:
+def _places(teacher: Sequence[Tensor], maps: common.Maps, run: slice, total_pixels: int, row_size: int) -> Places:
     channels = [level[0].shape[1] for level in maps]
     return Places(
         encode([x.shape[3] if x.dim() == 4 else 0 for x in teacher[run]]),
-        encode(offsets([level[0].shape[2] for level in maps])[run]),
-        encode(offsets(channels)[run]),
+        encode(common.offsets([level[0].shape[2] for level in maps])[run]),
+        encode(common.offsets(channels)[run]),
         *encode([total_pixels, sum(channels), row_size]),
     )
 
@@ -895,16 +802,17 @@ def forward(
     k, wants_sums = tokens[0].shape[0] if tokens else 0, out.sums.numel() > 0
     customized = customize is not None and k > 0 and len(student) > 0
     logits = k * (1 + customized)  # of a pixel
-    for run, run_maps in runs(maps):
-        step, case = forward_step(run_maps, logits), _case(run_maps, k, student, customized, wants_sums)
-        levels, channels = as_levels(run_maps, step.SPAN), max(level[0].shape[1] for level in run_maps)
+    for run, run_maps in common.runs(maps):
         # The sums start on a whole block of the second kernel.
         sums_at = triton.cdiv(2 * k + k * k, 64) * 64
+        case = _case(run_maps, k, student, customized, wants_sums)._replace(SUMS_AT=sums_at)
+        step = forward_step(run_maps, logits)
+        levels, channels = common.as_levels(run_maps, step.SPAN), max(level[0].shape[1] for level in run_maps)
         row_size = sums_at + (channels if wants_sums else 0)
-        partials = new_partials(levels, n, row_size, teacher[0])
+        partials = common.new_partials(levels, n, row_size, teacher[0])
         borders = empty(partials, n, LINES.value, sum(x.shape[1] for x in teacher) if wants_sums else 0)
         places = _places(teacher, maps, run, out.masks.shape[2], row_size)
-        lines = LINES.value * len(run_maps) * triton.cdiv(channels, BORDER_C) if wants_sums else 0
+        lines = LINES.value * len(run_maps) * triton.cdiv(channels, BORDER_C.value) if wants_sums else 0
         if n and sum(levels.tiles) + lines:
             launch(
                 forward_kernel,
@@ -915,15 +823,12 @@ def forward(
                 levels.encoded(),
                 places,
                 CASE=case,
-                SUMS_AT=sums_at,
-                BORDER_C=BORDER_C,
-                STEP=step,
-                NARROW_STEP=narrowed(step, 0 if step.INTERLEAVED or not step.GROUPS else 2),
+                STEPS=steps_of(step, 0 if step.INTERLEAVED or not step.GROUPS else 2),
                 num_warps=WARPS,
                 maxnreg=None if logits > FEW_LOGITS else 128 if logits <= PIXEL_LOGITS else 168,
             )
         if n and row_size:
-            block, rows = reduce_shape(row_size)
+            block, rows = common.reduce_shape(row_size)
             launch(
                 reduce_stats_kernel,
                 (triton.cdiv(row_size, block), n, len(levels.tiles)),
@@ -938,14 +843,13 @@ def forward(
                 levels.encoded(),
                 places,
                 CASE=case,
-                SUMS_AT=sums_at,
                 ROWS=rows,
                 BLOCK=block,
                 num_warps=4,
             )
 
 
-def _case(maps: Maps, tokens: int, student: Sequence[Tensor], customized: bool, sums: bool) -> Case:
+def _case(maps: common.Maps, tokens: int, student: Sequence[Tensor], customized: bool, sums: bool) -> Case:
     pad = 8 if tokens <= 8 else pad_tokens(tokens)
     return Case(tokens, pad, len(student) > 0, customized, sums, maps[0][0].interleaved, maps[0][-1].interleaved)
 
@@ -976,18 +880,18 @@ def backward(
     edges = nothing
     if grad_sums is not None and has.sums and n:
         edges = empty(grad_sums, n, EDGES.value, total_channels)
-        grid = triton.cdiv(total_channels, BORDER_C), n
-        launch(edges_kernel, grid, grad_sums, edges, total_channels, BLOCK=BORDER_C)
+        grid = triton.cdiv(total_channels, BORDER_C.value), n
+        launch(edges_kernel, grid, grad_sums, edges, total_channels, BLOCK=BORDER_C.value)
 
     def given(x: Tensor | None, run: slice) -> Tensor:
         return nothing if x is None else of_run(x, run)
 
-    for run, run_maps in runs(maps):
+    for run, run_maps in common.runs(maps):
         step = student_step(run_maps) if only_student else backward_step(run_maps, k)
         case = _case(run_maps, k, student, saved.teacher_masks.numel() > 0, has.sums)
-        levels, own = as_levels(run_maps, step.SPAN), pointers([level[0] for level in run_maps])
+        levels, own = common.as_levels(run_maps, step.SPAN), common.pointers([level[0] for level in run_maps])
         row_size = k * max(levels.channels) if grad_tokens else 0
-        partials = new_partials(levels, n, row_size, teacher[0])
+        partials = common.new_partials(levels, n, row_size, teacher[0])
         places = _places(teacher, maps, run, saved.masks.shape[2], row_size)
         features, tiles = _features(run_maps, tokens[run]), sum(levels.tiles)
         results_of = Results(saved.masks, saved.teacher_masks, saved.distance, nothing, nothing)
@@ -1017,8 +921,7 @@ def backward(
                 places,
                 CASE=case,
                 GIVEN=has,
-                STEP=step,
-                NARROW_STEP=narrowed(step, 2),
+                STEPS=steps_of(step, 2),
                 num_warps=WARPS,
                 maxnreg=128,
             )
@@ -1048,9 +951,10 @@ def backward(
                 places,
                 CASE=case,
                 WANTED=wanted,
-                STEP=step,
-                NARROW_STEP=narrowed(step),
+                STEPS=steps_of(step),
                 num_warps=WARPS,
             )
         if grad_tokens:
-            reduce_tiles(partials, grad_tokens[run], levels, [k * c for c in levels.channels], n, per_image=False)
+            common.reduce_tiles(
+                partials, grad_tokens[run], levels, [k * c for c in levels.channels], n, per_image=False
+            )
