@@ -711,7 +711,7 @@ def student_step(maps: common.Maps) -> Step:
 def backward_step(maps: common.Maps, logits: int) -> Step:
     """Likewise; lanes along channels, where these are neighbours, and otherwise few along pixels."""
     half, interleaved = _element_size(maps) == 2, maps[0][-1].interleaved
-    if logits > FEW_LOGITS:
+    if logits > PIXEL_LOGITS:
         return _dot_step(maps, 32, 32 if half else 64, interleaved)
     if interleaved:
         own = 8 if half else 4
