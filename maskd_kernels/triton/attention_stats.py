@@ -1,8 +1,4 @@
-"""Triton kernels of ``attention_stats``. Equations and traffic: csrc/attention_stats.h.
-
-One program takes a tile of ``STREAM_PIXELS`` pixels of one image on one level, see streams.py. Sums over pixels are
-written per tile and added in a fixed order, so that results are bitwise repeatable. 64-bit offsets; float32 arithmetic.
-"""
+"""Triton kernels of ``attention_stats``. Equations and traffic: csrc/attention_stats.h. How they walk: streams.py."""
 
 from __future__ import annotations
 
@@ -32,7 +28,7 @@ def forward_kernel(
             walk = streams.walk_of(levels, SHAPE)
             x = streams.source(maps, 0, walk, SHAPE)
             strength = streams.per_pixel(attention, walk, SHAPE)
-            mean = streams.partial_per_channel(partials, row_size, levels, walk, SHAPE)
+            mean = streams.partial_per_channel(partials, row_size, walk, SHAPE)
             strengths, means = streams.accumulator(SHAPE), streams.accumulator(SHAPE)
             for row in range(walk.first, walk.last, SHAPE.ROWS):
                 step = streams.step_of(row, walk, SHAPE)
@@ -57,7 +53,8 @@ def backward_kernel(
             SHAPE: tl.constexpr = SHAPES.NARROW if narrow else SHAPES.WIDE
             walk = streams.walk_of(levels, SHAPE)
             x, d_x = streams.source(maps, 0, walk, SHAPE), streams.destination(grad_x, walk, SHAPE)
-            d_strength, d_mean = streams.per_pixel(grad_attention, walk, SHAPE), streams.per_channel(grad_mean, walk, SHAPE)
+            d_strength = streams.per_pixel(grad_attention, walk, SHAPE)
+            d_mean = streams.per_channel(grad_mean, walk, SHAPE)
             strengths, means = streams.read_columns(d_strength, walk), streams.read_columns(d_mean, walk)
             for row in range(walk.first, walk.last, SHAPE.ROWS):
                 step = streams.step_of(row, walk, SHAPE)
@@ -81,7 +78,7 @@ def signed(magnitude, value):
 def forward(x: Sequence[Tensor], attention: Sequence[Tensor], mean: Sequence[Tensor]) -> None:
     for run in streams.runs_of(x, sums_rows=True):
         row_size = max(run.levels.channels)
-        partials = run.partials(row_size, x[0])
+        partials = run.partials(row_size)
         run.launch(forward_kernel, run.of(attention), partials, row_size)
         reduce_tiles(partials, run.of(mean), run.levels, run.levels.channels, run.images)
 

@@ -1,8 +1,4 @@
-"""Triton kernels of ``scale_pixels``. Equations and traffic: csrc/scale_pixels.h.
-
-One program takes a tile of ``STREAM_PIXELS`` pixels of one image on one level, see streams.py. 64-bit offsets;
-float32 arithmetic.
-"""
+"""Triton kernels of ``scale_pixels``. Equations and traffic: csrc/scale_pixels.h. How they walk: streams.py."""
 
 from __future__ import annotations
 

@@ -1,29 +1,17 @@
-"""Triton kernels of ``squared_error``. Equations and traffic: csrc/squared_error.h.
-
-One program takes a tile of ``STREAM_PIXELS`` pixels of one image on one level, see streams.py. Sums over pixels are
-written per tile and added in a fixed order, so that results are bitwise repeatable. 64-bit offsets; float32 arithmetic.
-"""
+"""Triton kernels of ``squared_error``. Equations and traffic: csrc/squared_error.h. How they walk: streams.py."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from maskd_kernels.triton import streams
-from maskd_kernels.triton.common import of_run, partial_row, reduce_tiles
+from maskd_kernels.triton.common import of_run, reduce_tiles
 from maskd_kernels.triton.launch import recalled, unbind
-
-
-class Gradients(NamedTuple):
-    """Where gradients go, of those that are wanted."""
-
-    pred: Any  # tuple: [N, C, P], laid out like pred
-    target: Any  # likewise
-    scale: Any  # [N * tiles, row_size] of each tile
 
 
 class Wanted(NamedTuple):
@@ -46,19 +34,15 @@ def forward_kernel(
             SHAPE: tl.constexpr = SHAPES.NARROW if narrow else SHAPES.WIDE
             walk = streams.walk_of(levels, SHAPE)
             pred, target = streams.source(maps, 0, walk, SHAPE), streams.source(maps, 1, walk, SHAPE)
-            total = streams.accumulator(SHAPE)
-            if HAS_SCALE:
-                factors = streams.per_channel(scale, walk, SHAPE)
-                columns = streams.read_columns(factors, walk)
+            factors, total = streams.per_channel(scale, walk, SHAPE), streams.accumulator(SHAPE)
+            columns = streams.read_columns(factors, walk) if HAS_SCALE else 1.0
             for row in range(walk.first, walk.last, SHAPE.ROWS):
                 step = streams.step_of(row, walk, SHAPE)
                 value, goal = streams.read_step(pred, step), streams.read_step(target, step)
-                if HAS_SCALE:
-                    value *= streams.read_line(factors, columns, step)
-                e = goal - value
+                factor = streams.read_line(factors, columns, step) if HAS_SCALE else 1.0
+                e = goal - value * factor
                 total += e * e
-            total = tl.sum(tl.sum(tl.sum(total, 1), 1), 0)
-            tl.store(partials + partial_row(tl.program_id(0), walk.n, walk.level, levels), total)
+            tl.store(partials + walk.partial, tl.sum(tl.sum(tl.sum(total, 1), 1), 0))
 
 
 @triton.jit(do_not_specialize=["row_size"])
@@ -67,7 +51,9 @@ def backward_kernel(
     levels,
     scale,  # tuple: [N, C]
     grad,  # [levels, N]
-    results,  # Gradients
+    grad_pred,  # tuple: [N, C, P], laid out like pred
+    grad_target,  # likewise
+    partials,  # [N * tiles, row_size] gradients of scale
     row_size,
     HAS_SCALE: tl.constexpr,
     WANTED: tl.constexpr,
@@ -78,32 +64,25 @@ def backward_kernel(
             SHAPE: tl.constexpr = SHAPES.NARROW if narrow else SHAPES.WIDE
             walk = streams.walk_of(levels, SHAPE)
             pred, target = streams.source(maps, 0, walk, SHAPE), streams.source(maps, 1, walk, SHAPE)
-            d_pred, d_target = streams.destination(results.pred, walk, SHAPE), streams.destination(results.target, walk, SHAPE)
-            d_factors = streams.partial_per_channel(results.scale, row_size, levels, walk, SHAPE)
-            total = streams.accumulator(SHAPE)
+            d_pred = streams.destination(grad_pred, walk, SHAPE)
+            d_target = streams.destination(grad_target, walk, SHAPE)
             g = 2 * tl.load(grad + walk.level * tl.num_programs(1) + walk.n)
-            slope = -g
-            if HAS_SCALE:
-                factors = streams.per_channel(scale, walk, SHAPE)
-                columns = streams.read_columns(factors, walk)
+            factors = streams.per_channel(scale, walk, SHAPE)
+            columns = streams.read_columns(factors, walk) if HAS_SCALE else 1.0
+            d_factors, total = streams.partial_per_channel(partials, row_size, walk, SHAPE), streams.accumulator(SHAPE)
             for row in range(walk.first, walk.last, SHAPE.ROWS):
                 step = streams.step_of(row, walk, SHAPE)
                 value, goal = streams.read_step(pred, step), streams.read_step(target, step)
-                if HAS_SCALE:
-                    factor = streams.read_line(factors, columns, step)
-                    e = goal - factor * value
-                    to_pred = factor * slope * e
-                else:
-                    e = goal - value
-                    to_pred = slope * e
+                factor = streams.read_line(factors, columns, step) if HAS_SCALE else 1.0
+                e = goal - factor * value
                 if WANTED.pred:
-                    streams.write_step(d_pred, step, to_pred)
+                    streams.write_step(d_pred, step, factor * -g * e)
                 if WANTED.target:
                     streams.write_step(d_target, step, g * e)
                 if WANTED.scale:
-                    total = streams.add(d_factors, total, value * e, slope, step)
+                    total = streams.add(d_factors, total, value * e, -g, step)
             if WANTED.scale:
-                streams.finish(d_factors, total, slope, walk)
+                streams.finish(d_factors, total, -g, walk)
 
 
 # ---- Launchers ---------------------------------------------------------------------------------
@@ -112,7 +91,7 @@ def backward_kernel(
 @recalled
 def forward(pred: Sequence[Tensor], target: Sequence[Tensor], scale: Sequence[Tensor], out: Tensor) -> None:
     for run in streams.runs_of(pred, target):
-        partials = run.partials(1, out)
+        partials = run.partials(1)
         run.launch(forward_kernel, run.of(scale or pred), partials, HAS_SCALE=bool(scale))
         reduce_tiles(partials, unbind(of_run(out, run.part)), run.levels, [1] * len(run.levels.tiles), run.images)
 
@@ -130,12 +109,14 @@ def backward(
     wanted = Wanted(bool(grad_pred), bool(grad_target), bool(grad_scale))
     for run in streams.runs_of(pred, target, sums_rows=wanted.scale):
         row_size = max(run.levels.channels) if grad_scale else 0
-        partials = run.partials(row_size, grad)
+        partials = run.partials(row_size)
         run.launch(
             backward_kernel,
             run.of(scale or pred),
             of_run(grad, run.part),
-            Gradients(run.of(grad_pred or pred), run.of(grad_target or pred), partials),
+            run.of(grad_pred or pred),
+            run.of(grad_target or pred),
+            partials,
             row_size,
             HAS_SCALE=bool(scale),
             WANTED=wanted,
