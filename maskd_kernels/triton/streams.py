@@ -117,9 +117,8 @@ def walk_of(levels, SHAPE: tl.constexpr):
         column += start
         first, last, columns = 0, channels, pixels
     exists = tl.full(column.shape, 1, tl.int1) if SHAPE.ALL_COLUMNS else column < columns
-    return Walk(
-        level, n, channels, pixels, common.partial_row(tile, n, level, levels), first, last, start, column, exists
-    )
+    partial = common.partial_row(tile, n, level, levels)
+    return Walk(level, n, channels, pixels, partial, first, last, start, column, exists)
 
 
 @triton.jit
@@ -200,7 +199,7 @@ def write_step(plane, step, value):
 
 # ---- Lines: what pixels or channels have one of ------------------------------------------------
 #
-# Where columns have: pointers, [PARTS, WIDTH]. Where rows have: a pointer to the first row's.
+# Of columns: pointers, [PARTS, WIDTH]. Of rows: a pointer to the first row's.
 
 
 @triton.jit
