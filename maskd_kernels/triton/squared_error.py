@@ -120,6 +120,7 @@ def backward(
             row_size,
             HAS_SCALE=bool(scale),
             WANTED=wanted,
+            maxnreg=None if wanted.target else run.shapes.REGISTERS,  # two maps to write take more
         )
         if grad_scale:
             reduce_tiles(partials, run.of(grad_scale), run.levels, run.levels.channels, run.images)

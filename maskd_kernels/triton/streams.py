@@ -198,7 +198,6 @@ def write_step(plane, step, value):
 
 
 # ---- Lines: what pixels or channels have one of ------------------------------------------------
-#
 # Of columns: pointers, [PARTS, WIDTH]. Of rows: a pointer to the first row's.
 
 
@@ -285,8 +284,8 @@ class Run(NamedTuple):
         """Unless there is nothing to walk."""
         grid = sum(self.levels.tiles), self.images
         if 0 not in grid:
-            constants |= {"SHAPES": self.shapes, "num_warps": STREAM_WARPS, "maxnreg": self.shapes.REGISTERS}
-            launch(kernel, grid, self.maps, self.levels.encoded(), *arguments, **constants)
+            options = {"num_warps": STREAM_WARPS, "maxnreg": self.shapes.REGISTERS} | constants
+            launch(kernel, grid, self.maps, self.levels.encoded(), *arguments, SHAPES=self.shapes, **options)
 
 
 def runs_of(*maps: Sequence[Tensor], sums_rows: bool = False) -> Iterator[Run]:
