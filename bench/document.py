@@ -29,10 +29,10 @@ STEP = [
 STATIC_ABOUT = [
     "No GPU was there: `python -m bench.static --json bench/results/static.json` compiles the kernels for GPUs that",
     "are not there, with Triton {triton}, and counts the machine code. Instructions of a warp's lane per element of a",
-    "feature map, or per pair where two maps are read, in the loop over channels: where rows are whole vectors, in",
-    "brackets where not. Barriers and shuffles of a step; warps that fit an SM, and what their loads then have under",
-    "way. Six tokens where nothing else is said; `tokens`: they and the teacher are trained as well. On sm_90; the",
-    "file has the other architectures, float16 and the classes of instructions.",
+    "feature map, or per pair where two maps are read, in the loop over channels or pixels: where rows are whole",
+    "vectors, in brackets where not. Barriers and shuffles of a step; warps that fit an SM, and what their loads then",
+    "have under way. Six tokens where nothing else is said; `tokens`: they and the teacher are trained as well. On",
+    "sm_90; the file has the other architectures, float16 and the classes of instructions.",
 ]
 # Instructions per element or pair at most, where rows are whole vectors; 8 where nothing is said.
 GOALS = {

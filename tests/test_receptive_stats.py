@@ -108,6 +108,14 @@ def test_levels_that_differ(backend):
     check_stats(backend, t, [tokens_of(6, x[1]) for x in shapes], s, customize=torch.tensor(True, device=DEVICE))
 
 
+@pytest.mark.parametrize("spatial", [(13, 3), (8, 16)])
+def test_levels_that_take_launches_of_their_own(backend, spatial):
+    """Their layouts differ, and channels of the first are no whole vectors: where the second begins is not aligned."""
+    maps = [("contiguous", (2, 19, 2, 4)), ("channels_last", (2, 64, *spatial))]
+    teacher, student = ([features(shape, torch.float32, layout) for layout, shape in maps] for _ in range(2))
+    check_stats(backend, teacher, [tokens_of(6, shape[1]) for _, shape in maps], student)
+
+
 def test_levels_equal_single_calls(backend):
     """Bitwise: a level's result does not depend on what else is in the call."""
     levels = [problem((2, 10, 7, 9)), problem((2, 6, 4, 5))]

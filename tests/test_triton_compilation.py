@@ -1,5 +1,6 @@
 """Triton's kernels compiled ahead of time, without a GPU: wide loads, no spills, resources within limits, launches."""
 
+import ast
 import json
 import os
 import subprocess
@@ -30,6 +31,7 @@ KERNELS = {
 
 # In a process of its own: the interpreter, which other tests run, replaces what the compiler needs.
 SCRIPT = Path(__file__).parent / "compile_triton.py"
+ROOT = SCRIPT.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,15 @@ def test_features_move_128_bits_at_a_time(compiled, kernel, layout, dtype, archi
     assert entry["wide_loads"] >= reads, entry
     if layout == "planar":
         assert entry["wide_stores"] >= writes, entry
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "maskd_kernels" / "triton").glob("*.py")), ids=lambda path: path.stem)
+def test_no_kernel_calls_itself(path):
+    """Triton 3.4 cannot compile functions that do."""
+    for function in ast.walk(ast.parse(path.read_text())):
+        if isinstance(function, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in function.decorator_list):
+            called = [ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)]
+            assert function.name not in called, f"{function.name} calls itself"
 
 
 def test_resources(compiled):
@@ -85,7 +96,7 @@ def test_what_the_host_worked_out_is_recalled(compiled):
 
     The loss took 1083 of them, and the others 900 to 1100, when each call worked everything out anew.
     """
-    most = {"loss": 178, "scale": 197, "error": 178, "attention": 241}
+    most = {"loss": 178, "scale": 197, "error": 188, "attention": 241}
     assert compiled["calls"].keys() == most.keys()
     assert all(compiled["calls"][name] <= count for name, count in most.items()), compiled["calls"]
 
@@ -104,7 +115,7 @@ def test_registers_are_the_recorded_ones(compiled):
 
 def test_counts_are_the_committed_ones(compiled):
     """The figures that docs/benchmarks.md shows and predicts times from, of float32 and bfloat16 on sm_90."""
-    committed = json.loads((SCRIPT.parent.parent / "bench" / "results" / "static.json").read_text())
+    committed = json.loads((ROOT / "bench" / "results" / "static.json").read_text())
     if committed["triton"] != triton.__version__:
         pytest.skip(f"counted with triton {committed['triton']}, this is {triton.__version__}")
     assert {name.rsplit(" ", 3)[0] for name in compiled["counts"]} == set(KERNELS)

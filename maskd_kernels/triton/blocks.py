@@ -2,8 +2,7 @@
 
 So what is summed over a lane's channels or pixels stays in registers, and what belongs to a channel or to a pixel is
 read once for the whole block. A block is a tuple, part by part and channel by channel, of tensors with a vector of
-pixels of each lane: [COLUMNS, GROUPS, VECTOR], in interleaved maps [GROUPS, COLUMNS, 1], as the compiler has lanes
-along the first axis lie next to each other.
+pixels of each lane: [COLUMNS, GROUPS, VECTOR], in interleaved maps [GROUPS, COLUMNS, 1].
 """
 
 from __future__ import annotations
@@ -49,14 +48,16 @@ class Tile(NamedTuple):
     channels: Any  # a constant, where all levels have as many
     end: Any  # their number, which is none: short loops are not unrolled
     pixels: Any
+    first_channel: Any
     channel: Any  # the first of each lane, as lanes lie
     pixel: Any  # of each lane's vectors, likewise, from the first on
 
 
 class Plane(NamedTuple):
-    """A map of the tile's level."""
+    """A map of the tile's level, as it lies in memory: which axis has neighbours then tells the compiler of lanes."""
 
-    at: Any  # pointers to each lane's first vector, which lies along pixels or along channels, or element
+    at: Any  # pointers: [GROUPS, pixels], if interleaved [COLUMNS, channels]; as lanes lie, if element by element
+    c: Any  # which channels these are, to be broadcast
     channel: Any  # from one of a lane's channels to the next
     part: Any  # from one of a lane's parts to the next
     next_channels: Any  # from a step's channels to the next step's
@@ -124,28 +125,29 @@ def tile_of(index, levels, first_channel, STEP: tl.constexpr):
     elif STEP.INTERLEAVED and not STEP.NARROW:
         channels = aligned(channels, WIDE)
     first = (index - integer(levels.first_tile, level)) * STEP.SPAN
-    group = tl.arange(0, max(STEP.GROUPS, 1))
+    GROUPS: tl.constexpr = STEP.GROUPS if STEP.GROUPS > 0 else 1
+    group = tl.arange(0, GROUPS)
     if STEP.NEXT_CHANNEL == 1:
         group *= STEP.CHANNELS
     channel, pixel = along_channels(first_channel + group, STEP), along_pixels(pixels_of(STEP.VECTOR, STEP), STEP)
-    return Tile(level, tl.program_id(1).to(tl.int64), first, channels, end, pixels, channel, pixel)
+    return Tile(level, tl.program_id(1).to(tl.int64), first, channels, end, pixels, first_channel, channel, pixel)
 
 
 @triton.jit
 def further(tile, pixels):
     """The tile so many pixels further on."""
-    return Tile(tile.level, tile.n, tile.first + pixels, tile.channels, tile.end, tile.pixels, tile.channel, tile.pixel)
-
-
-@triton.jit
-def present(tile, channel, part: tl.constexpr, STEP: tl.constexpr):
-    """Whether there are a channel, so far from each lane's first, and a part's pixels."""
-    valid = tl.full([1, 1, 1], 1, tl.int1)
-    if not STEP.EVEN:
-        valid = valid & (tile.channel + channel < tile.channels)
-    if STEP.NARROW:
-        valid = valid & (tile.first + tile.pixel + part * (STEP.COLUMNS * STEP.VECTOR) < tile.pixels)
-    return valid
+    first = tile.first + pixels
+    return Tile(
+        tile.level,
+        tile.n,
+        first,
+        tile.channels,
+        tile.end,
+        tile.pixels,
+        tile.first_channel,
+        tile.channel,
+        tile.pixel,
+    )
 
 
 @triton.jit
@@ -192,12 +194,13 @@ def elements(pointer, stride, tile, STEP: tl.constexpr, INTERLEAVED: tl.constexp
     """A plane to be walked element by element."""
     C: tl.constexpr = STEP.GROUPS * STEP.CHANNELS
     P: tl.constexpr = STEP.COLUMNS * STEP.VECTOR
+    NEXT: tl.constexpr = STEP.NEXT_CHANNEL
     if INTERLEAVED:
         at = pointer + tile.first.to(tl.int64) * stride + (tile.channel + tile.pixel * stride)
-        plane = Plane(at, STEP.NEXT_CHANNEL, P * stride, C, STEP.PARTS * P * stride)
+        plane = Plane(at, tile.channel, NEXT, P * stride, C, STEP.PARTS * P * stride)
     else:
         at = pointer + tile.first + (tile.channel * stride + tile.pixel)
-        plane = Plane(at, STEP.NEXT_CHANNEL * stride, P, C * stride, STEP.PARTS * P)
+        plane = Plane(at, tile.channel, NEXT * stride, P, C * stride, STEP.PARTS * P)
     return plane
 
 
@@ -207,63 +210,103 @@ def vectors(pointer, stride, tile, STEP: tl.constexpr, PAIR: tl.constexpr):
     C: tl.constexpr = STEP.GROUPS * STEP.CHANNELS
     P: tl.constexpr = STEP.COLUMNS * STEP.VECTOR
     if STEP.INTERLEAVED:
-        entry = tl.arange(0, STEP.CHANNELS // PAIR)[None, None, :]
-        at = pointer + tile.first.to(tl.int64) * stride + (tile.pixel * stride + (tile.channel // PAIR + entry))
-        plane = Plane(at, 1, P * stride, C // PAIR, STEP.PARTS * P * stride)
+        c, p = tl.arange(0, C // PAIR)[None, :], tl.arange(0, P)[:, None]
+        at = pointer + tile.first_channel // PAIR + tile.first.to(tl.int64) * stride + (p * stride + c)
+        plane = Plane(at, tile.first_channel + PAIR * c, 1, P * stride, C // PAIR, STEP.PARTS * P * stride)
     else:
-        entry = along_pixels(pixels_of(STEP.VECTOR // PAIR, STEP), STEP)
-        at = pointer + tile.first // PAIR + (tile.channel * stride + entry)
-        plane = Plane(at, stride, P // PAIR, C * stride, STEP.PARTS * P // PAIR)
+        c, p = tl.reshape(tile.channel, [STEP.GROUPS])[:, None], tl.arange(0, P // PAIR)[None, :]
+        at = pointer + tile.first // PAIR + (c * stride + p)
+        plane = Plane(at, c, stride, P // PAIR, C * stride, STEP.PARTS * P // PAIR)
     return plane
 
 
 @triton.jit
-def widened(at, valid):
-    """What is there, in float32; of pairs of bfloat16, twice as many along the last axis."""
+def present(plane, tile, channel, part: tl.constexpr, STEP: tl.constexpr):
+    """Whether there are a plane's elements, so many channels and parts further on."""
+    if STEP.EVEN:
+        valid = tl.full(plane.c.shape, 1, tl.int1)
+    else:
+        valid = plane.c + channel < tile.channels
+    if STEP.NARROW:
+        valid = valid & (tile.first + tile.pixel + part * (STEP.COLUMNS * STEP.VECTOR) < tile.pixels)
+    return valid
+
+
+@triton.jit
+def widened(at, valid, STEP: tl.constexpr):
+    """What is there, in float32 and as lanes lie: 0 where there is nothing. Pairs of bfloat16 become two elements."""
     if at.dtype.element_ty == tl.int32:
         both = tl.load(at, mask=valid, other=0)
         both = tl.join(both << 16, both & -65536).to(tl.float32, bitcast=True)
-        value = tl.reshape(both, [at.shape[0], at.shape[1], 2 * at.shape[2]])
+        value = tl.reshape(both, [at.shape[0], 2 * at.shape[1]])
     else:
         value = tl.load(at, mask=valid, other=0.0).to(tl.float32)
+    if len(at.shape) == 2:
+        if STEP.INTERLEAVED:
+            value = tl.reshape(value, [STEP.COLUMNS, STEP.GROUPS, value.shape[1] // STEP.GROUPS])
+        else:
+            value = tl.reshape(value, [STEP.GROUPS, STEP.COLUMNS, STEP.VECTOR])
+        value = tl.permute(value, [1, 0, 2])
     return value
 
 
 @triton.jit
+def write(at, value, valid):
+    """The reverse, in the dtype of the memory."""
+    if len(at.shape) == 2:
+        value = tl.reshape(tl.permute(value, [1, 0, 2]), at.shape)
+    tl.store(at, value.to(at.dtype.element_ty), mask=valid)
+
+
+@triton.jit
 def entries(x):
-    """A tuple of what lies along the last axis, which is within a thread, with axes of 1 there: nothing moves."""
-    if x.shape[2] == 1:
-        result = (x,)
-    else:
-        HALF: tl.constexpr = x.shape[2] // 2
-        even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], HALF, 2]))
-        even, odd = entries(even), entries(odd)
-        result = ()
-        for i in tl.static_range(HALF):
-            result = result + (even[i], odd[i])
+    """A tuple of the up to 8 along the last axis, which is within a thread, with axes of 1 there: nothing moves."""
+    result = (x,)
+    for _ in tl.static_range(3):  # Triton 3.4 knows no functions that call themselves
+        if result[0].shape[2] > 1:
+            result = halved(result)
     return result
 
 
 @triton.jit
+def halved(x):
+    """Of tensors with every nth element twice as many with every 2nth."""
+    HALF: tl.constexpr = x[0].shape[2] // 2
+    even, odd = (), ()
+    for i in tl.static_range(len(x)):
+        first, second = tl.split(tl.reshape(x[i], [x[i].shape[0], x[i].shape[1], HALF, 2]))
+        even, odd = even + (first,), odd + (second,)
+    return even + odd
+
+
+@triton.jit
 def stacked(x):
-    """The reverse: tensors along a last axis, of which vectors have one already."""
-    if len(x) == 1:
-        both = x[0]
-        if len(both.shape) == 1:
-            both = tl.expand_dims(both, 1)
+    """The reverse: up to 8 tensors along a last axis, which vectors have already."""
+    AXES: tl.constexpr = 3 if len(x[0].shape) > 1 else 2
+    if len(x[0].shape) == 1 and len(x) == 1:
+        result = tl.expand_dims(x[0], 1)
     else:
-        even, odd = (), ()
-        for i in tl.static_range(0, len(x), 2):
-            even, odd = even + (x[i],), odd + (x[i + 1],)
-        if len(x) > 2:
-            both = tl.join(stacked(even), stacked(odd))
-        else:
-            both = tl.join(x[0], x[1])
-        if len(both.shape) == 4:
-            both = tl.reshape(both, [both.shape[0], both.shape[1], 2 * both.shape[2]])
-        elif len(x) > 2:
-            both = tl.reshape(both, [both.shape[0], 2 * both.shape[1]])
-    return both
+        for _ in tl.static_range(3):
+            if len(x) > 1:
+                x = joined(x, AXES)
+        result = x[0]
+    return result
+
+
+@triton.jit
+def joined(x, AXES: tl.constexpr):
+    """Half as many tensors, with this many axes."""
+    HALF: tl.constexpr = len(x) // 2
+    result = ()
+    for i in tl.static_range(HALF):
+        both = tl.join(x[i], x[i + HALF])
+        if len(both.shape) > AXES:
+            if AXES == 3:
+                both = tl.reshape(both, [both.shape[0], both.shape[1], 2 * both.shape[2]])
+            else:
+                both = tl.reshape(both, [both.shape[0], 2 * both.shape[1]])
+        result = result + (both,)
+    return result
 
 
 @triton.jit
@@ -273,30 +316,29 @@ def read_block(at, plane, tile, channel, STEP: tl.constexpr):
     CHANNELS: tl.constexpr = STEP.CHANNELS
     result = ()
     for part in tl.static_range(PARTS):
-        if STEP.INTERLEAVED and not STEP.NARROW and at.shape[2] > 1:
-            result = result + entries(widened(at + part * plane.part, present(tile, channel, part, STEP)))
+        if STEP.INTERLEAVED and len(at.shape) == 2:
+            value = widened(at + part * plane.part, present(plane, tile, channel, part, STEP), STEP)
+            result = result + entries(value)
         else:
             for j in tl.static_range(CHANNELS):
-                valid = present(tile, channel + j * STEP.NEXT_CHANNEL, part, STEP)
-                result = result + (widened(at + part * plane.part + j * plane.channel, valid),)
+                valid = present(plane, tile, channel + j * STEP.NEXT_CHANNEL, part, STEP)
+                result = result + (widened(at + part * plane.part + j * plane.channel, valid, STEP),)
     return result
 
 
 @triton.jit
 def write_block(at, plane, values, tile, channel, STEP: tl.constexpr):
-    """The reverse of ``read_block``, in the dtype of the memory."""
+    """The reverse of ``read_block``."""
     PARTS: tl.constexpr = STEP.PARTS
     CHANNELS: tl.constexpr = STEP.CHANNELS
     for part in tl.static_range(PARTS):
-        if STEP.INTERLEAVED and not STEP.NARROW:
-            value = stacked(values[part * STEP.CHANNELS : (part + 1) * STEP.CHANNELS])
-            valid = present(tile, channel, part, STEP)
-            tl.store(at + part * plane.part, value.to(at.dtype.element_ty), mask=valid)
+        if STEP.INTERLEAVED and len(at.shape) == 2:
+            value = stacked(values[part * CHANNELS : (part + 1) * CHANNELS])
+            write(at + part * plane.part, value, present(plane, tile, channel, part, STEP))
         else:
             for j in tl.static_range(CHANNELS):
-                value = values[part * STEP.CHANNELS + j].to(at.dtype.element_ty)
-                valid = present(tile, channel + j * STEP.NEXT_CHANNEL, part, STEP)
-                tl.store(at + part * plane.part + j * plane.channel, value, mask=valid)
+                valid = present(plane, tile, channel + j * STEP.NEXT_CHANNEL, part, STEP)
+                write(at + part * plane.part + j * plane.channel, values[part * CHANNELS + j], valid)
 
 
 @triton.jit
@@ -304,7 +346,7 @@ def read_channels(at, FIRST: tl.constexpr, COUNT: tl.constexpr, tile, channel, S
     """A tuple of what some of each lane's channels have one float32 of; ``at`` points to each lane's first."""
     result = ()
     if STEP.EVEN and STEP.NEXT_CHANNEL == 1:
-        SIZE: tl.constexpr = min(COUNT, 4)
+        SIZE: tl.constexpr = COUNT if COUNT < 4 else 4
         for first in tl.static_range(FIRST, FIRST + COUNT, SIZE):
             result = result + entries(tl.load(at + (first + tl.arange(0, SIZE))[None, None, :]))
     else:
@@ -333,7 +375,7 @@ def over_pixels(x, STEP: tl.constexpr):
     """Sums over pixels, as far as they are within a warp; ``write_channels`` adds up the rest."""
     x = tl.sum(x, 2)
     if STEP.INTERLEAVED:
-        LANES: tl.constexpr = max(32 // STEP.GROUPS, 1)
+        LANES: tl.constexpr = 32 // STEP.GROUPS
         x = tl.reshape(x, [STEP.GROUPS, STEP.COLUMNS // (LANES * STEP.WARPS), STEP.WARPS, LANES])
         total = tl.sum(tl.sum(x, 1), 2)
     else:

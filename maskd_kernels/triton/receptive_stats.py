@@ -318,6 +318,8 @@ def reduce_stats_kernel(
     row = (tl.num_programs(1) * integer(levels.first_tile, level) + n * tiles).to(tl.int64)
     statistic = tl.program_id(0) * BLOCK < CASE.SUMS_AT
     written = i < tl.where(statistic, 2 * K + K * K, CASE.SUMS_AT + channels)  # the rest is padding
+    if not CASE.STUDENT:
+        written = written & ((i < K) | (i >= 2 * K))  # no error
     partial = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, tiles, ROWS):
         r = start + tl.arange(0, ROWS)
@@ -683,21 +685,21 @@ def backward_by_dot(
 
 # ---- Launchers ---------------------------------------------------------------------------------
 
-FEW_LOGITS = 16  # of a pixel, that multiply-adds serve: more of them, and tensor cores do
-PIXEL_LOGITS = 8  # up to as many, a thread has eight pixels: otherwise four, as registers are few
+FEW_LOGITS = 16  # of a pixel, that multiply-adds serve forward: more of them, and tensor cores do
+PIXEL_LOGITS = 8  # likewise backward; forward, threads have eight pixels of half types up to here, else four
 WARPS = 4
 
 
 def forward_step(maps: common.Maps, logits: int) -> Step:
     """A thread reads 128 bits at a time, where it can; as many warps as may be, so none has more than 128 registers."""
-    half, interleaved, many = _element_size(maps) == 2, maps[0][0].interleaved, logits > PIXEL_LOGITS
+    half, interleaved, few = _element_size(maps) == 2, maps[0][0].interleaved, 2 if logits > 6 else 4
     if logits > FEW_LOGITS:
         return _dot_step(maps, 32 if half else 16, 64, interleaved)
     if interleaved:
-        return _step(maps, 4, 8 if half else 4, 128, 1, tokens=2 if many else 4)
-    if half and not many:
-        return _step(maps, 8, 2, 16, 8, tokens=2)
-    return _step(maps, 4, 8, 32, 4, tokens=2 if logits > 6 else 4)
+        return _step(maps, 4, 8 if half else 4, 128, 1, tokens=few)
+    if half and logits <= PIXEL_LOGITS:
+        return _step(maps, 8, 4, 16, 8, tokens=1)
+    return _step(maps, 4, 8, 32, 4, tokens=few)
 
 
 def student_step(maps: common.Maps) -> Step:
@@ -718,7 +720,7 @@ def backward_step(maps: common.Maps, logits: int) -> Step:
         groups = min(32, triton.next_power_of_2(triton.cdiv(max(level[0].shape[1] for level in maps), own)))
         step = _step(maps, groups, own, 128 // groups, 1, parts=2)
     else:
-        step = _step(maps, 16, 2, 8, 8 if half else 4, parts=1 if half else 2)
+        step = _step(maps, 16, 2, 8, 8 if half else 4, parts=2)
     # Few channels, many tiles.
     programs = min(triton.cdiv(max(level[0].shape[1] for level in maps), step.GROUPS * step.CHANNELS), 4)
     return step._replace(SPAN=max(step.SPAN, 128 * programs))
@@ -751,11 +753,12 @@ def _step(maps: common.Maps, groups: int, own: int, columns: int, vector: int, t
 
 
 def steps_of(step: Step, channels: int = 0) -> Steps:
-    """Element by element, a lane may have fewer channels."""
-    own = channels or step.CHANNELS
+    """Element by element, which takes more registers, a lane has few pixels, and may have fewer channels."""
+    narrow = step._replace(NARROW=True, CHANNELS=channels or step.CHANNELS)
+    if step.VECTOR == 8:
+        narrow = narrow._replace(PARTS=1)
     between = step.GROUPS if step.INTERLEAVED else 1
-    narrow = step._replace(NARROW=True, CHANNELS=own, TOKENS=min(step.TOKENS, own), NEXT_CHANNEL=between)
-    return Steps(step, narrow)
+    return Steps(step, narrow._replace(TOKENS=min(step.TOKENS, narrow.CHANNELS), NEXT_CHANNEL=between))
 
 
 def _element_size(maps: common.Maps) -> int:
@@ -888,6 +891,8 @@ def backward(
 
     for run, run_maps in common.runs(maps):
         step = student_step(run_maps) if only_student else backward_step(run_maps, k)
+        # Where edges of a level begin depends on the channels of all levels, also of those that other launches take.
+        step = step._replace(EVEN=step.EVEN and all(x.shape[1] % step.CHANNELS == 0 for x in teacher))
         case = _case(run_maps, k, student, saved.teacher_masks.numel() > 0, has.sums)
         levels, own = common.as_levels(run_maps, step.SPAN), common.pointers([level[0] for level in run_maps])
         row_size = k * max(levels.channels) if grad_tokens else 0
