@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maskd_kernels.triton import streams
-from maskd_kernels.triton.common import reduce_tiles
+from maskd_kernels.triton.common import is_wide, reduce_tiles
 from maskd_kernels.triton.launch import recalled
 
 
@@ -23,7 +23,7 @@ def forward_kernel(
     SHAPES: tl.constexpr,
 ):
     for narrow in tl.static_range(2):
-        if streams.is_wide(tl.program_id(0), levels, streams.STREAM_PIXELS) != narrow:
+        if is_wide(tl.program_id(0), levels, streams.STREAM_PIXELS) != narrow:
             SHAPE: tl.constexpr = SHAPES.NARROW if narrow else SHAPES.WIDE
             walk = streams.walk_of(levels, SHAPE)
             x = streams.source(maps, 0, walk, SHAPE)
@@ -49,7 +49,7 @@ def backward_kernel(
     SHAPES: tl.constexpr,
 ):
     for narrow in tl.static_range(2):
-        if streams.is_wide(tl.program_id(0), levels, streams.STREAM_PIXELS) != narrow:
+        if is_wide(tl.program_id(0), levels, streams.STREAM_PIXELS) != narrow:
             SHAPE: tl.constexpr = SHAPES.NARROW if narrow else SHAPES.WIDE
             walk = streams.walk_of(levels, SHAPE)
             x, d_x = streams.source(maps, 0, walk, SHAPE), streams.destination(grad_x, walk, SHAPE)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from maskd_kernels.triton.common import WIDE, aligned, integer, level_of, pick
+from maskd_kernels.triton.common import WIDE, aligned, integer, level_of, pick, read, unpaired
 
 
 class Step(NamedTuple):
@@ -158,7 +158,6 @@ def source(pointers, strides, tile, STEP: tl.constexpr, INTERLEAVED: tl.constexp
     if STEP.NARROW or INTERLEAVED != STEP.INTERLEAVED:
         plane = elements(pointer + tile.n * stride_n, stride.to(tl.int64), tile, STEP, INTERLEAVED)
     else:
-        # The compiler's own way of widening two elements that lie together takes three instructions.
         PAIR: tl.constexpr = 2 if pointer.dtype.element_ty == tl.bfloat16 else 1
         if PAIR == 2:
             pointer = pointer.to(tl.pointer_type(tl.int32), bitcast=True)
@@ -236,11 +235,9 @@ def present(plane, tile, channel, part: tl.constexpr, STEP: tl.constexpr):
 def widened(at, valid, STEP: tl.constexpr):
     """What is there, in float32 and as lanes lie: 0 where there is nothing. Pairs of bfloat16 become two elements."""
     if at.dtype.element_ty == tl.int32:
-        both = tl.load(at, mask=valid, other=0)
-        both = tl.join(both << 16, both & -65536).to(tl.float32, bitcast=True)
-        value = tl.reshape(both, [at.shape[0], 2 * at.shape[1]])
+        value = unpaired(tl.load(at, mask=valid, other=0))
     else:
-        value = tl.load(at, mask=valid, other=0.0).to(tl.float32)
+        value = read(at, valid)
     if len(at.shape) == 2:
         if STEP.INTERLEAVED:
             value = tl.reshape(value, [STEP.COLUMNS, STEP.GROUPS, value.shape[1] // STEP.GROUPS])

@@ -105,6 +105,34 @@ def condition(value):
 
 
 @triton.jit
+def is_wide(tile, levels, PIXELS: tl.constexpr):
+    """Whether this tile's rows are whole vectors and all of its pixels are there: 1 or 0."""
+    level = level_of(tile, levels)
+    end = (tile - integer(levels.first_tile, level) + 1) * PIXELS
+    return integer(levels.wide, level) & (end <= integer(levels.pixels, level)).to(tl.int32)
+
+
+@triton.jit
+def read(pointers, valid):
+    """Elements in float32; 0 where there are none."""
+    return tl.load(pointers, mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def unpaired(both):
+    """Float32 of pairs of bfloat16 in int32, twice as many along the last axis.
+
+    The compiler's own way of widening two elements that lie together takes three instructions.
+    """
+    both = tl.join(both << 16, both & -65536).to(tl.float32, bitcast=True)
+    if len(both.shape) == 4:
+        value = tl.reshape(both, [both.shape[0], both.shape[1], 2 * both.shape[2]])
+    else:
+        value = tl.reshape(both, [both.shape[0], 2 * both.shape[1]])
+    return value
+
+
+@triton.jit
 def feature_offsets(n, c, p, stride_n, stride, INTERLEAVED: tl.constexpr):
     """[BLOCK_C, BLOCK_P] offsets into a feature; ``stride`` is that of the axis that is not dense."""
     if INTERLEAVED:

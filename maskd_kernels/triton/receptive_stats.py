@@ -27,9 +27,8 @@ from maskd_kernels.ops import layout
 from maskd_kernels.reference import ReceptiveStats
 from maskd_kernels.triton import blocks, common
 from maskd_kernels.triton.blocks import Step, Steps
-from maskd_kernels.triton.common import aligned, decode, encode, integer, of_run, pick
+from maskd_kernels.triton.common import aligned, decode, encode, integer, is_wide, of_run, pick, read
 from maskd_kernels.triton.launch import empty, launch, recalled
-from maskd_kernels.triton.streams import is_wide, read
 
 PRECISION = tl.constexpr("tf32x3")
 LINES = tl.constexpr(8)  # of an image's border: first row, last row, first column, last column; their corners
@@ -218,12 +217,8 @@ def border(features, borders, levels, places, index, CASE: tl.constexpr):
     stride_p, stride_c = tl.full([], 1, tl.int64), integer(features.teacher_strides.rest, level).to(tl.int64)
     if CASE.T_INTERLEAVED:
         stride_p, stride_c = stride_c, stride_p
-    at = (
-        pick(features.teacher, level)
-        + n * integer(features.teacher_strides.image, level)
-        + first * stride_p
-        + c * stride_c
-    )
+    at = pick(features.teacher, level) + n * integer(features.teacher_strides.image, level)
+    at += first * stride_p + c * stride_c
     stride_p *= tl.where(line < 2, 1, width)
     channels = integer(levels.channels, level)
     total = tl.zeros([8, BORDER_C], tl.float32)
@@ -627,11 +622,10 @@ def read_edges(edges, edge, total_channels, tile, STEP: tl.constexpr):
     VECTOR: tl.constexpr = STEP.VECTOR
     pixels, found, result = blocks.entries(edge), (), ()
     for i in tl.static_range(VECTOR):
-        found = found + blocks.read_channels(
-            edges + pixels[i] * total_channels + tile.channel, 0, STEP.CHANNELS, tile, 0, STEP
-        )
+        at = edges + pixels[i] * total_channels + tile.channel
+        found = found + blocks.read_channels(at, 0, CHANNELS, tile, 0, STEP)
     for j in tl.static_range(CHANNELS):
-        result = result + (blocks.stacked(found[j :: STEP.CHANNELS]),)
+        result = result + (blocks.stacked(found[j::CHANNELS]),)
     return result
 
 
@@ -710,7 +704,7 @@ def student_step(maps: common.Maps) -> Step:
     return _step(maps, 8 if half else 4, 4, 16 if half else 32, 8 if half else 4)
 
 
-def backward_step(maps: common.Maps, logits: int) -> Step:
+def backward_step(maps: common.Maps, all_maps: common.Maps, logits: int) -> Step:
     """Likewise; lanes along channels, where these are neighbours, and otherwise few along pixels."""
     half, interleaved = _element_size(maps) == 2, maps[0][-1].interleaved
     if logits > PIXEL_LOGITS:
@@ -723,7 +717,9 @@ def backward_step(maps: common.Maps, logits: int) -> Step:
         step = _step(maps, 16, 2, 8, 8 if half else 4, parts=2)
     # Few channels, many tiles.
     programs = min(triton.cdiv(max(level[0].shape[1] for level in maps), step.GROUPS * step.CHANNELS), 4)
-    return step._replace(SPAN=max(step.SPAN, 128 * programs))
+    # Where edges of a level begin depends on the channels of all levels, also of those that other launches take.
+    even = step.EVEN and all(level[0].shape[1] % step.CHANNELS == 0 for level in all_maps)
+    return step._replace(SPAN=max(step.SPAN, 128 * programs), EVEN=even)
 
 
 def _dot_step(maps: common.Maps, channels: int, pixels: int, interleaved: bool) -> Step:
@@ -890,16 +886,14 @@ def backward(
         return nothing if x is None else of_run(x, run)
 
     for run, run_maps in common.runs(maps):
-        step = student_step(run_maps) if only_student else backward_step(run_maps, k)
-        # Where edges of a level begin depends on the channels of all levels, also of those that other launches take.
-        step = step._replace(EVEN=step.EVEN and all(x.shape[1] % step.CHANNELS == 0 for x in teacher))
+        step = student_step(run_maps) if only_student else backward_step(run_maps, maps, k)
         case = _case(run_maps, k, student, saved.teacher_masks.numel() > 0, has.sums)
         levels, own = common.as_levels(run_maps, step.SPAN), common.pointers([level[0] for level in run_maps])
         row_size = k * max(levels.channels) if grad_tokens else 0
         partials = common.new_partials(levels, n, row_size, teacher[0])
         places = _places(teacher, maps, run, saved.masks.shape[2], row_size)
         features, tiles = _features(run_maps, tokens[run]), sum(levels.tiles)
-        results_of = Results(saved.masks, saved.teacher_masks, saved.distance, nothing, nothing)
+        of_forward = Results(saved.masks, saved.teacher_masks, saved.distance, nothing, nothing)
         upstream = Upstream(
             nothing if grad_masks is None else grad_masks,
             nothing if grad_distance is None else grad_distance,
@@ -914,16 +908,14 @@ def backward(
             nothing if only_student else empty(nothing, n, tiles, k + 2, step.SPAN),
             partials,
         )
+        shared = upstream, out, levels.encoded(), places
         if n and tiles and only_student:
             launch(
                 student_kernel,
                 (tiles, n),
                 features,
-                results_of,
-                upstream,
-                out,
-                levels.encoded(),
-                places,
+                of_forward,
+                *shared,
                 CASE=case,
                 GIVEN=has,
                 STEPS=steps_of(step, 2),
@@ -935,11 +927,8 @@ def backward(
             launch(
                 slopes_kernel,
                 (tiles * (step.SPAN // block), n),
-                results_of,
-                upstream,
-                out,
-                levels.encoded(),
-                places,
+                of_forward,
+                *shared,
                 CASE=case,
                 GIVEN=has,
                 SPAN=step.SPAN,
@@ -950,10 +939,7 @@ def backward(
                 backward_kernel,
                 (tiles, n, triton.cdiv(max(levels.channels), step.GROUPS * step.CHANNELS) if step.GROUPS else 1),
                 features,
-                upstream,
-                out,
-                levels.encoded(),
-                places,
+                *shared,
                 CASE=case,
                 WANTED=wanted,
                 STEPS=steps_of(step),

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maskd_kernels.triton import streams
+from maskd_kernels.triton.common import is_wide
 from maskd_kernels.triton.launch import recalled
 
 
@@ -27,7 +28,7 @@ def forward_kernel(
     SHAPES: tl.constexpr,
 ):
     for narrow in tl.static_range(2):
-        if streams.is_wide(tl.program_id(0), levels, streams.STREAM_PIXELS) != narrow:
+        if is_wide(tl.program_id(0), levels, streams.STREAM_PIXELS) != narrow:
             SHAPE: tl.constexpr = SHAPES.NARROW if narrow else SHAPES.WIDE
             walk = streams.walk_of(levels, SHAPE)
             x, y = streams.source(maps, 0, walk, SHAPE), streams.destination(out, walk, SHAPE)
@@ -50,7 +51,7 @@ def backward_kernel(
     SHAPES: tl.constexpr,
 ):
     for narrow in tl.static_range(2):
-        if streams.is_wide(tl.program_id(0), levels, streams.STREAM_PIXELS) != narrow:
+        if is_wide(tl.program_id(0), levels, streams.STREAM_PIXELS) != narrow:
             SHAPE: tl.constexpr = SHAPES.NARROW if narrow else SHAPES.WIDE
             walk = streams.walk_of(levels, SHAPE)
             x, grad_y = streams.source(maps, 0, walk, SHAPE), streams.source(maps, 1, walk, SHAPE)

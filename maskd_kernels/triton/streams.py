@@ -92,14 +92,6 @@ class Plane(NamedTuple):
 
 
 @triton.jit
-def is_wide(tile, levels, PIXELS: tl.constexpr):
-    """Whether this tile's rows are whole vectors and all of its pixels are there: 1 or 0."""
-    level = common.level_of(tile, levels)
-    end = (tile - common.integer(levels.first_tile, level) + 1) * PIXELS
-    return common.integer(levels.wide, level) & (end <= common.integer(levels.pixels, level)).to(tl.int32)
-
-
-@triton.jit
 def walk_of(levels, SHAPE: tl.constexpr):
     """This program's walk."""
     tile = tl.program_id(0)
@@ -141,7 +133,6 @@ def source(maps, i: tl.constexpr, walk, SHAPE: tl.constexpr):
     WHOLE: tl.constexpr = SHAPE.ALL_ROWS and SHAPE.ALL_COLUMNS and SHAPE.INTERLEAVED == INTERLEAVED
     PAIR: tl.constexpr = 2 if WHOLE and pointer.dtype.element_ty == tl.bfloat16 else 1
     if PAIR == 2:
-        # In pairs, as the compiler's own way of widening two elements that lie together takes three instructions.
         pointer = pointer.to(tl.pointer_type(tl.int32), bitcast=True)
     stride_n, stride = common.integer(of.strides.image, walk.level), common.integer(of.strides.rest, walk.level)
     return plane_at(pointer, stride_n, stride, walk, SHAPE, INTERLEAVED, PAIR)
@@ -173,20 +164,13 @@ def plane_at(pointer, stride_n, stride, walk, SHAPE: tl.constexpr, INTERLEAVED: 
 
 
 @triton.jit
-def read(pointers, valid):
-    """Elements in float32; 0 where there are none."""
-    return tl.load(pointers, mask=valid, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def read_step(plane, step):
     """A step's elements in float32, of a source; 0 where there are none."""
     at = plane.pointer + step.first * plane.stride + plane.columns
     if plane.pointer.dtype.element_ty == tl.int32:
-        both = tl.load(at)
-        value = tl.reshape(tl.join(both << 16, both & -65536), step.valid.shape).to(tl.float32, bitcast=True)
+        value = common.unpaired(tl.load(at))
     else:
-        value = read(at, step.valid)
+        value = common.read(at, step.valid)
     return value
 
 
@@ -227,13 +211,13 @@ def line_at(pointer, walk, OF_ROWS: tl.constexpr):
 @triton.jit
 def read_columns(line, walk):
     """What is read before the walk, for ``read_line``: of columns their numbers, [1, PARTS, WIDTH]."""
-    return read(line, walk.exists)[None, :, :] if len(line.shape) > 0 else 0.0
+    return common.read(line, walk.exists)[None, :, :] if len(line.shape) > 0 else 0.0
 
 
 @triton.jit
 def read_line(line, columns, step):
     """The numbers of a step's elements, to be broadcast."""
-    return columns if len(line.shape) > 0 else read(line + step.row, step.exists)[:, None, None]
+    return columns if len(line.shape) > 0 else common.read(line + step.row, step.exists)[:, None, None]
 
 
 @triton.jit
