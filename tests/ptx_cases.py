@@ -3,6 +3,7 @@
 Results are compared with float64 by the functions, and with the tolerances, that the other backends' tests use.
 """
 
+import contextlib
 import re
 from fractions import Fraction
 
@@ -14,9 +15,12 @@ import test_streaming_ops
 import torch
 import triton
 import triton.language as tl
-from helpers import check_stats, features
+from helpers import assert_close, check_stats, features
 from ptx import PtxError, execution
 from triton import knobs
+
+from maskd_kernels import maskd_loss, use_backend
+from maskd_kernels.triton.launch import forget
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 
@@ -108,6 +112,33 @@ def test_statistics(tokens, dtype, layout):
 @pytest.mark.parametrize("name", ["scale_pixels", "squared_error", "attention_stats"])
 def test_streaming(name, dtype, layout):
     check_operator(name, dtype, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_statistics_without_student(layout):
+    for shapes in MAPS.values():
+        teacher = [features(s, FLOAT32, layout) for s in shapes]
+        with execution():
+            check_stats("triton", teacher, [torch.randn(6, s[1]).requires_grad_() for s in shapes], [])
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["hooks_last", "hooks_first"])
+def test_saved_tensors_in_another_layout(first):
+    """Hooks may give them back in other strides than the forward pass had, whose plan recalls the call."""
+    student, teacher, *rest = test_maskd_loss.make([(2, 8, 4, 4)], 3, dtype=FLOAT32, layout="channels_last")
+    hooks = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda x: x)
+
+    def gradient(hooked):
+        with hooks if hooked else contextlib.nullcontext():
+            loss = maskd_loss(student, teacher, *rest[:1])
+        return torch.autograd.grad(loss, student)[0]
+
+    with use_backend("reference"):
+        expected = gradient(False)
+    with execution(), use_backend("triton"):
+        forget()
+        for hooked in (first, not first, not first):
+            assert_close(gradient(hooked), expected, 1e-5, "gradient")
 
 
 ODD = {"one": [(2, 24, 8, 16), (2, 10, 5, 7)], "even": [(1, 64, 8, 16)]}  # whose channels fill whole steps
