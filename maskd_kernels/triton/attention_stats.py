@@ -1,4 +1,4 @@
-"""Triton kernels of ``attention_stats``. Equations and traffic: csrc/attention_stats.h. How they walk: streams.py."""
+"""Triton kernels of ``attention_stats``. Equations and traffic: csrc/attention_stats.h. How they walk: blocks.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskd_kernels.triton import streams
-from maskd_kernels.triton.common import is_wide, reduce_tiles
+from maskd_kernels.triton import blocks
+from maskd_kernels.triton.common import is_wide, partial_row, reduce_tiles
 from maskd_kernels.triton.launch import recalled
 
 
@@ -20,23 +20,26 @@ def forward_kernel(
     attention,  # tuple: [N, P]
     partials,  # [N * tiles, row_size] channel means
     row_size,
-    SHAPES: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     for narrow in tl.static_range(2):
-        if is_wide(tl.program_id(0), levels, streams.STREAM_PIXELS) != narrow:
-            SHAPE: tl.constexpr = SHAPES.NARROW if narrow else SHAPES.WIDE
-            walk = streams.walk_of(levels, SHAPE)
-            x = streams.source(maps, 0, walk, SHAPE)
-            strength = streams.per_pixel(attention, walk, SHAPE)
-            mean = streams.partial_per_channel(partials, row_size, walk, SHAPE)
-            strengths, means = streams.accumulator(SHAPE), streams.accumulator(SHAPE)
-            for row in range(walk.first, walk.last, SHAPE.ROWS):
-                step = streams.step_of(row, walk, SHAPE)
-                value = streams.read_step(x, step)
-                strengths = streams.add(strength, strengths, tl.abs(value), 1.0 / walk.channels, step)
-                means = streams.add(mean, means, value, 1.0 / walk.pixels, step)
-            streams.finish(strength, strengths, 1.0 / walk.channels, walk)
-            streams.finish(mean, means, 1.0 / walk.pixels, walk)
+        if is_wide(tl.program_id(0), levels, STEPS.WIDE.SPAN) != narrow:
+            STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
+            CHANNELS: tl.constexpr = STEP.CHANNELS
+            tile = blocks.tile_of(tl.program_id(0), levels, 0, STEP)
+            strength, channels = blocks.zeros(STEP.VECTOR, STEP), blocks.channels_of(STEP)
+            to = partials + partial_row(tl.program_id(0), tile.n, tile.level, levels) * row_size + channels
+            x = blocks.source(maps, 0, tile, STEP)
+            x_at = x.at
+            for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
+                value, means = blocks.read_block(x_at, x, tile, start, STEP), ()
+                for j in tl.static_range(CHANNELS):
+                    strength += tl.abs(value[j])
+                    means += (blocks.over_pixels(value[j], STEP) * (1.0 / tile.pixels),)
+                blocks.write_channels(to, means, start + channels, tile, STEP)
+                x_at += x.next_channels
+                to += STEP.GROUPS * STEP.CHANNELS
+            blocks.write_pixel(attention, strength * (1.0 / tile.end), tile, STEP)
 
 
 @triton.jit
@@ -46,22 +49,25 @@ def backward_kernel(
     grad_attention,  # tuple: [N, P]
     grad_mean,  # tuple: [N, C]
     grad_x,  # tuple: [N, C, P], laid out like x
-    SHAPES: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     for narrow in tl.static_range(2):
-        if is_wide(tl.program_id(0), levels, streams.STREAM_PIXELS) != narrow:
-            SHAPE: tl.constexpr = SHAPES.NARROW if narrow else SHAPES.WIDE
-            walk = streams.walk_of(levels, SHAPE)
-            x, d_x = streams.source(maps, 0, walk, SHAPE), streams.destination(grad_x, walk, SHAPE)
-            d_strength = streams.per_pixel(grad_attention, walk, SHAPE)
-            d_mean = streams.per_channel(grad_mean, walk, SHAPE)
-            strengths, means = streams.read_columns(d_strength, walk), streams.read_columns(d_mean, walk)
-            for row in range(walk.first, walk.last, SHAPE.ROWS):
-                step = streams.step_of(row, walk, SHAPE)
-                value = streams.read_step(x, step)
-                strength = streams.read_line(d_strength, strengths, step) * (1.0 / walk.channels)
-                mean = streams.read_line(d_mean, means, step) * (1.0 / walk.pixels)
-                streams.write_step(d_x, step, signed(strength, value) + mean)
+        if is_wide(tl.program_id(0), levels, STEPS.WIDE.SPAN) != narrow:
+            STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
+            CHANNELS: tl.constexpr = STEP.CHANNELS
+            tile = blocks.tile_of(tl.program_id(0), levels, 0, STEP)
+            strength = blocks.read_pixel(grad_attention, tile) * (1.0 / tile.end)
+            x, to = blocks.source(maps, 0, tile, STEP), blocks.destination(grad_x, tile, STEP)
+            x_at, to_at, mean_at = x.at, to.at, blocks.of_channels(grad_mean, tile)
+            for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
+                value, d_x = blocks.read_block(x_at, x, tile, start, STEP), ()
+                mean = blocks.read_channels(mean_at, 0, CHANNELS, tile, start, STEP)
+                for j in tl.static_range(CHANNELS):
+                    d_x += (signed(strength, value[j]) + mean[j] * (1.0 / tile.pixels),)
+                blocks.write_block(to_at, to, d_x, tile, start, STEP)
+                x_at += x.next_channels
+                to_at += to.next_channels
+                mean_at += STEP.GROUPS * STEP.CHANNELS
 
 
 @triton.jit
@@ -76,7 +82,7 @@ def signed(magnitude, value):
 
 @recalled
 def forward(x: Sequence[Tensor], attention: Sequence[Tensor], mean: Sequence[Tensor]) -> None:
-    for run in streams.runs_of(x, sums_rows=True):
+    for run in blocks.runs_of(x):
         row_size = max(run.levels.channels)
         partials = run.partials(row_size)
         run.launch(forward_kernel, run.of(attention), partials, row_size)
@@ -90,5 +96,5 @@ def backward(
     grad_mean: Sequence[Tensor],
     grad_x: Sequence[Tensor],
 ) -> None:
-    for run in streams.runs_of(x):
+    for run in blocks.runs_of(x):
         run.launch(backward_kernel, run.of(grad_attention), run.of(grad_mean), run.of(grad_x))

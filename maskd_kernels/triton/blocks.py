@@ -1,18 +1,31 @@
-"""How ``receptive_stats`` walks features: each lane has a block of channels and pixels of its own at a step.
+"""How kernels walk feature maps: each lane has a block of channels and pixels of its own at a step.
 
 So what is summed over a lane's channels or pixels stays in registers, and what belongs to a channel or to a pixel is
 read once for the whole block. A block is a tuple, part by part and channel by channel, of tensors with a vector of
 pixels of each lane: [COLUMNS, GROUPS, VECTOR], in interleaved maps [GROUPS, COLUMNS, 1].
+
+A program takes a tile of pixels of one image on one level, and walks its channels or, a few channels at a time, its
+pixels. Every kernel takes ``maps``, ``levels``, its own arguments and ``STEPS``, as ``Run.launch`` passes them, and has
+two loops: vector by vector where rows are whole vectors, element by element elsewhere. 64-bit offsets; float32
+arithmetic.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from maskd_kernels.ops import layout
+from maskd_kernels.triton import common
 from maskd_kernels.triton.common import WIDE, aligned, integer, level_of, pick, read, unpaired
+from maskd_kernels.triton.launch import launch
+
+WARPS = tl.constexpr(4)
+REGISTERS = 128  # of a thread, so that 16 warps are resident
 
 
 class Step(NamedTuple):
@@ -25,8 +38,8 @@ class Step(NamedTuple):
     PARTS: int  # vectors of a lane
     TOKENS: int  # of the channels: whose tokens are read at a time
     SPAN: int  # pixels of a program
-    WARPS: int
-    INTERLEAVED: bool
+    INTERLEAVED: bool  # the walk, and what it writes: as the last map is
+    LAYOUTS: tuple[bool, ...]  # which maps are interleaved
     NARROW: bool  # element by element: rows are not whole vectors, or pixels are missing
     NEXT_CHANNEL: int  # from one of a lane's channels to the next
     EVEN: bool  # channels fill whole steps, and need no mask
@@ -37,6 +50,13 @@ class Step(NamedTuple):
 class Steps(NamedTuple):
     WIDE: Step  # where rows are whole vectors and pixels fill the program's span
     NARROW: Step
+
+
+class Map(NamedTuple):
+    """A map on each level, as kernels take it."""
+
+    pointers: Any
+    strides: Any  # common.Strides
 
 
 class Tile(NamedTuple):
@@ -151,10 +171,11 @@ def further(tile, pixels):
 
 
 @triton.jit
-def source(pointers, strides, tile, STEP: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """A map to be read: element by element, where it is not laid out as it is walked; bfloat16 in pairs."""
-    pointer = pick(pointers, tile.level)
-    stride_n, stride = integer(strides.image, tile.level), integer(strides.rest, tile.level)
+def source(maps, i: tl.constexpr, tile, STEP: tl.constexpr):
+    """One of the maps, to be read: element by element where it is not laid out as it is walked; bfloat16 in pairs."""
+    INTERLEAVED: tl.constexpr = STEP.LAYOUTS[i]
+    pointer = pick(maps[i].pointers, tile.level)
+    stride_n, stride = integer(maps[i].strides.image, tile.level), integer(maps[i].strides.rest, tile.level)
     if STEP.NARROW or INTERLEAVED != STEP.INTERLEAVED:
         plane = elements(pointer + tile.n * stride_n, stride.to(tl.int64), tile, STEP, INTERLEAVED)
     else:
@@ -354,6 +375,12 @@ def read_channels(at, FIRST: tl.constexpr, COUNT: tl.constexpr, tile, channel, S
 
 
 @triton.jit
+def of_channels(pointers, tile):
+    """Pointers for ``read_channels``, of a tuple of [N, C]."""
+    return pick(pointers, tile.level) + tile.n * tile.channels + tile.channel
+
+
+@triton.jit
 def read_pixels(at, part: tl.constexpr, STEP: tl.constexpr):
     """A part's pixels of what each pixel of whole tiles has four bytes of; ``at`` points to the step's first."""
     at += part * (STEP.COLUMNS * STEP.VECTOR)
@@ -373,7 +400,7 @@ def over_pixels(x, STEP: tl.constexpr):
     x = tl.sum(x, 2)
     if STEP.INTERLEAVED:
         LANES: tl.constexpr = 32 // STEP.GROUPS
-        x = tl.reshape(x, [STEP.GROUPS, STEP.COLUMNS // (LANES * STEP.WARPS), STEP.WARPS, LANES])
+        x = tl.reshape(x, [STEP.GROUPS, STEP.COLUMNS // (LANES * WARPS), WARPS, LANES])
         total = tl.sum(tl.sum(x, 1), 2)
     else:
         total = tl.sum(x, 0)
@@ -396,3 +423,127 @@ def write_channels(at, sums, c, tile, STEP: tl.constexpr):
 def over_groups(x, STEP: tl.constexpr):
     """Sums over channels, [COLUMNS, VECTOR]."""
     return tl.sum(x, 0 if STEP.INTERLEAVED else 1)
+
+
+@triton.jit
+def read_pixel(pointers, tile):
+    """What each lane's pixels have one float32 of: of a tuple of [N, P]."""
+    at = pick(pointers, tile.level) + tile.n * tile.pixels + tile.first + tile.pixel
+    return read(at, tile.first + tile.pixel < tile.pixels)
+
+
+@triton.jit
+def write_pixel(pointers, sums, tile, STEP: tl.constexpr):
+    """The reverse, of sums over each lane's channels."""
+    pixel = tile.first + pixels_of(STEP.VECTOR, STEP)
+    at = pick(pointers, tile.level) + tile.n * tile.pixels + pixel
+    tl.store(at, over_groups(sums, STEP), mask=pixel < tile.pixels)
+
+
+# ---- Launchers ---------------------------------------------------------------------------------
+
+
+def step_of(
+    maps: common.Maps, groups: int, own: int, columns: int, vector: int, tokens: int = 0, parts: int = 1
+) -> Step:
+    """A step where rows are whole vectors."""
+    channels = [level[0].shape[1] for level in maps]
+    alike, dense = len(set(channels)) == 1, all(m.rest_stride == m.shape[1] for level in maps for m in level)
+    return Step(
+        groups,
+        own,
+        columns,
+        vector,
+        parts,
+        tokens,
+        SPAN=columns * vector * parts,
+        INTERLEAVED=maps[0][-1].interleaved,
+        LAYOUTS=tuple(m.interleaved for m in maps[0]),
+        NARROW=False,
+        NEXT_CHANNEL=1,
+        EVEN=all(c % (max(groups, 1) * own) == 0 for c in channels),
+        ALL=channels[0] if alike else 0,
+        DENSE=alike and dense,
+    )
+
+
+def channel_step(maps: common.Maps) -> Step:
+    """To walk channels. A thread reads 128 bits at a time, of all maps up to 128 bytes."""
+    half, single = element_size(maps) == 2, len(maps[0]) == 1
+    if maps[0][-1].interleaved:
+        return step_of(maps, 8, 8 if half else 4, 128 if single and not half else 64, 1)
+    if half:
+        return step_of(maps, 8, 4, 16, 8)
+    return step_of(maps, 4, 8 if single else 4, 32, 4)
+
+
+def pixel_step(maps: common.Maps) -> Step:
+    """To walk pixels: lanes along channels, where these are neighbours, and otherwise few along pixels."""
+    half, most = element_size(maps) == 2, max(level[0].shape[1] for level in maps)
+    if maps[0][-1].interleaved:
+        own = 8 if half else 4
+        groups = min(32, triton.next_power_of_2(triton.cdiv(most, own)))
+        step = step_of(maps, groups, own, 128 // groups, 1, parts=4)
+    else:
+        step = step_of(maps, 16, 2, 8, 8 if half else 4, parts=2)
+    programs = min(triton.cdiv(most, step.GROUPS * step.CHANNELS), 4)  # few channels, many tiles
+    return step._replace(SPAN=max(step.SPAN, 128 * programs))
+
+
+def steps_of(step: Step, channels: int = 0) -> Steps:
+    """Element by element, which takes more registers, a lane has few pixels, and may have fewer channels."""
+    narrow = step._replace(NARROW=True, CHANNELS=channels or step.CHANNELS)
+    if step.VECTOR == 8:
+        narrow = narrow._replace(PARTS=1)
+    between = step.GROUPS if step.INTERLEAVED else 1
+    return Steps(step, narrow._replace(TOKENS=min(step.TOKENS, narrow.CHANNELS), NEXT_CHANNEL=between))
+
+
+def element_size(maps: common.Maps) -> int:
+    """Bytes, of the largest of the maps."""
+    return max(m.tensor.element_size() for m in maps[0])
+
+
+class Run(NamedTuple):
+    """Levels that one launch handles, and the maps that are read."""
+
+    part: slice  # of all levels
+    images: int
+    features: common.Maps
+    step: Step
+    levels: common.Levels
+
+    def of(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Those of these levels."""
+        return tuple(tensors[self.part])
+
+    def partials(self, row_size: int) -> Tensor:
+        """Memory for one row of partial sums per tile and image."""
+        return common.new_partials(self.levels, self.images, row_size, self.features[0][0].tensor)
+
+    def maps(self) -> tuple[Map, ...]:
+        """As kernels take them."""
+        return tuple(Map(common.pointers(m), common.strides_of(m)) for m in zip(*self.features, strict=True))
+
+    def grid(self, channels: bool = False) -> tuple[int, int, int]:
+        """A program for each tile and image, and each step's channels."""
+        step, most = self.step, max(self.levels.channels)
+        return sum(self.levels.tiles), self.images, triton.cdiv(most, step.GROUPS * step.CHANNELS) if channels else 1
+
+    def launch(
+        self, kernel: Any, *arguments: Any, channels: int = 0, grid: tuple[int, ...] = (), **constants: Any
+    ) -> None:
+        """Unless there is nothing to walk. Element by element, lanes have so many channels."""
+        grid = grid or self.grid()
+        if 0 not in grid:
+            options = {"num_warps": WARPS.value, "maxnreg": REGISTERS} | constants
+            steps = steps_of(self.step, channels)
+            launch(kernel, grid, self.maps(), self.levels.encoded(), *arguments, STEPS=steps, **options)
+
+
+def runs_of(*maps: Sequence[Tensor], step: Callable[[common.Maps], Step] = channel_step) -> Iterator[Run]:
+    """All levels of these maps, and the steps that they are walked by."""
+    features = [tuple(map(layout.dense_view, level)) for level in zip(*maps, strict=True)]
+    for part, run in common.runs(features):
+        its_step = step(run)
+        yield Run(part, maps[0][0].shape[0], run, its_step, common.as_levels(run, its_step.SPAN))

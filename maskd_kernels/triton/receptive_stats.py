@@ -16,17 +16,18 @@ recompiles when image sizes change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskd_kernels.ops import layout
 from maskd_kernels.reference import ReceptiveStats
 from maskd_kernels.triton import blocks, common
-from maskd_kernels.triton.blocks import Step, Steps
+from maskd_kernels.triton.blocks import Step
 from maskd_kernels.triton.common import aligned, decode, encode, integer, is_wide, of_run, pick, read
 from maskd_kernels.triton.launch import empty, launch, recalled
 
@@ -45,19 +46,7 @@ class Case(NamedTuple):
     STUDENT: bool  # there is one
     CUSTOMIZE: bool
     SUMS: bool  # are wanted, or their gradients are given
-    T_INTERLEAVED: bool
-    S_INTERLEAVED: bool
     SUMS_AT: int = 0  # the column of the partial sums where those of channels begin
-
-
-class Features(NamedTuple):
-    """What the kernels read, of each level."""
-
-    teacher: Any  # [N, C, P]
-    student: Any  # [N, C, P]
-    tokens: Any  # [K, C]
-    teacher_strides: Any
-    student_strides: Any
 
 
 class Results(NamedTuple):
@@ -82,13 +71,12 @@ class Places(NamedTuple):
 
 
 @triton.jit
-def walk(features, sums_to, tile, CASE: tl.constexpr, STEP: tl.constexpr):
+def walk(maps, tokens, sums_to, tile, CASE: tl.constexpr, STEP: tl.constexpr):
     """Sums over each lane's channels, a tuple of vectors of pixels: distance, logits, the student's logits."""
     CHANNELS: tl.constexpr = STEP.CHANNELS
     K: tl.constexpr = CASE.K
-    t = blocks.source(features.teacher, features.teacher_strides, tile, STEP, CASE.T_INTERLEAVED)
-    s = blocks.source(features.student, features.student_strides, tile, STEP, CASE.S_INTERLEAVED)
-    t_at, s_at, e_at = t.at, s.at, pick(features.tokens, tile.level) + tile.channel
+    t, s = blocks.source(maps, 0, tile, STEP), blocks.source(maps, len(maps) - 1, tile, STEP)
+    t_at, s_at, e_at = t.at, s.at, pick(tokens, tile.level) + tile.channel
     channels, sums = blocks.channels_of(STEP), ()
     for _ in tl.static_range(1 + K + K * CASE.CUSTOMIZE):
         sums = sums + (blocks.zeros(STEP.VECTOR, STEP),)
@@ -100,12 +88,12 @@ def walk(features, sums_to, tile, CASE: tl.constexpr, STEP: tl.constexpr):
         totals = ()
         for j in tl.static_range(CHANNELS):
             if j % STEP.TOKENS == 0:
-                tokens = ()
+                own = ()
                 for k in tl.static_range(K):
-                    tokens = tokens + blocks.read_channels(e_at + k * tile.channels, j, STEP.TOKENS, tile, start, STEP)
+                    own = own + blocks.read_channels(e_at + k * tile.channels, j, STEP.TOKENS, tile, start, STEP)
             new = (sums[0] + (y[j] - x[j]) * (y[j] - x[j]),)
             for m in tl.static_range(1, len(sums)):
-                new = new + (sums[m] + tokens[(m - 1) % K * STEP.TOKENS + j % STEP.TOKENS] * (y if m > K else x)[j],)
+                new = new + (sums[m] + own[(m - 1) % K * STEP.TOKENS + j % STEP.TOKENS] * (y if m > K else x)[j],)
             sums = new
             if CASE.SUMS:
                 totals = totals + (blocks.over_pixels(x[j], STEP),)
@@ -119,12 +107,12 @@ def walk(features, sums_to, tile, CASE: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def walk_by_dot(features, sums_to, tile, CASE: tl.constexpr, STEP: tl.constexpr):
+def walk_by_dot(maps, tokens, sums_to, tile, CASE: tl.constexpr, STEP: tl.constexpr):
     """The same for many tokens: [PIXELS] distance, [K_PAD, PIXELS] logits, the student's likewise."""
     k, p = tl.arange(0, CASE.K_PAD), tl.arange(0, STEP.SPAN)
-    t_at, t_step = dot_plane(features.teacher, features.teacher_strides, tile, STEP, CASE.T_INTERLEAVED)
-    s_at, s_step = dot_plane(features.student, features.student_strides, tile, STEP, CASE.S_INTERLEAVED)
-    tokens = pick(features.tokens, tile.level)
+    t_at, t_step = dot_plane(maps, 0, tile, STEP)
+    s_at, s_step = dot_plane(maps, len(maps) - 1, tile, STEP)
+    e_first = pick(tokens, tile.level)
     logits = tl.full([CASE.K_PAD, STEP.SPAN], 0.0, tl.float32)
     student_logits = logits
     d = tl.full([STEP.CHANNELS, STEP.SPAN], 0.0, tl.float32)
@@ -133,7 +121,7 @@ def walk_by_dot(features, sums_to, tile, CASE: tl.constexpr, STEP: tl.constexpr)
         valid = (c < tile.channels)[:, None] & (tile.first + p < tile.pixels)[None, :]
         x = read(t_at, valid)  # [CHANNELS, PIXELS]
         e_at = k[:, None] * tile.channels + c[None, :]
-        e = read(tokens + e_at, (k < CASE.K)[:, None] & (c < tile.channels)[None, :])
+        e = read(e_first + e_at, (k < CASE.K)[:, None] & (c < tile.channels)[None, :])
         logits = tl.dot(e, x, logits, input_precision=PRECISION)
         if CASE.STUDENT:
             y = read(s_at, valid)
@@ -148,13 +136,14 @@ def walk_by_dot(features, sums_to, tile, CASE: tl.constexpr, STEP: tl.constexpr)
 
 
 @triton.jit
-def dot_plane(pointers, strides, tile, STEP: tl.constexpr, INTERLEAVED: tl.constexpr):
+def dot_plane(maps, i: tl.constexpr, tile, STEP: tl.constexpr):
     """Pointers to a map of the tile's level, [CHANNELS, PIXELS], and from one step's to the next's."""
-    stride_n, stride = integer(strides.image, tile.level), integer(strides.rest, tile.level)
+    INTERLEAVED: tl.constexpr = STEP.LAYOUTS[i]
+    stride_n, stride = integer(maps[i].strides.image, tile.level), integer(maps[i].strides.rest, tile.level)
     if not STEP.NARROW:
         stride_n, stride = aligned(stride_n, common.WIDE), aligned(stride, common.WIDE)
     c, p = tl.arange(0, STEP.CHANNELS), tile.first + tl.arange(0, STEP.SPAN)
-    at = pick(pointers, tile.level) + common.feature_offsets(tile.n, c, p, stride_n, stride, INTERLEAVED)
+    at = pick(maps[i].pointers, tile.level) + common.feature_offsets(tile.n, c, p, stride_n, stride, INTERLEAVED)
     step = STEP.CHANNELS
     if not INTERLEAVED:
         step = STEP.CHANNELS * stride.to(tl.int64)
@@ -203,7 +192,7 @@ def statistics(out, customize, tile, column, partial, total_pixels, CASE: tl.con
 
 
 @triton.jit
-def border(features, borders, levels, places, index, CASE: tl.constexpr):
+def border(maps, levels, borders, places, index, INTERLEAVED: tl.constexpr):
     """Sums over one of the lines of an image's border, of some channels."""
     n = tl.program_id(1).to(tl.int64)
     line = index % LINES
@@ -214,10 +203,10 @@ def border(features, borders, levels, places, index, CASE: tl.constexpr):
     first = last + tl.where((line == 3) | (line == 5) | (line == 7), width - 1, 0)
     size = tl.where(line < 2, width, tl.where(line < 4, pixels // tl.maximum(width, 1), 1))
     size = tl.where((width > 0) & (pixels > 0), size, 0)
-    stride_p, stride_c = tl.full([], 1, tl.int64), integer(features.teacher_strides.rest, level).to(tl.int64)
-    if CASE.T_INTERLEAVED:
+    stride_p, stride_c = tl.full([], 1, tl.int64), integer(maps[0].strides.rest, level).to(tl.int64)
+    if INTERLEAVED:
         stride_p, stride_c = stride_c, stride_p
-    at = pick(features.teacher, level) + n * integer(features.teacher_strides.image, level)
+    at = pick(maps[0].pointers, level) + n * integer(maps[0].strides.image, level)
     at += first * stride_p + c * stride_c
     stride_p *= tl.where(line < 2, 1, width)
     channels = integer(levels.channels, level)
@@ -233,10 +222,11 @@ def border(features, borders, levels, places, index, CASE: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    features,  # Features
+    maps,  # teacher and student, or teacher
+    levels,
+    tokens,  # tuple: [K, C]
     out,  # Results
     customize,  # [] bool
-    levels,
     places,  # Places
     CASE: tl.constexpr,
     STEPS: tl.constexpr,
@@ -247,20 +237,20 @@ def forward_kernel(
         for narrow in tl.static_range(2):
             if is_wide(index, levels, STEPS.WIDE.SPAN) != narrow:
                 STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
-                forward_tile(index, features, out, customize, levels, places, CASE, STEP)
+                forward_tile(index, maps, levels, tokens, out, customize, places, CASE, STEP)
     elif CASE.SUMS:
-        border(features, out.borders, levels, places, index - tiles, CASE)
+        border(maps, levels, out.borders, places, index - tiles, STEPS.WIDE.LAYOUTS[0])
 
 
 @triton.jit
-def forward_tile(index, features, out, customize, levels, places, CASE: tl.constexpr, STEP: tl.constexpr):
+def forward_tile(index, maps, levels, tokens, out, customize, places, CASE: tl.constexpr, STEP: tl.constexpr):
     K: tl.constexpr = CASE.K
     tile = blocks.tile_of(index, levels, 0, STEP)
     column, total_pixels = integer(places.pixel_offsets, tile.level) + tile.first, decode(places.total_pixels)
     partial = out.partials + common.partial_row(index, tile.n, tile.level, levels) * decode(places.row_size)
     d_at = out.distance + tile.n * total_pixels + column
     if STEP.GROUPS > 0:
-        sums = walk(features, partial + CASE.SUMS_AT, tile, CASE, STEP)
+        sums = walk(maps, tokens, partial + CASE.SUMS_AT, tile, CASE, STEP)
         pixel = blocks.pixels_of(STEP.VECTOR, STEP)
         exists = tile.first + pixel < tile.pixels
         for m in tl.static_range(K + K * CASE.CUSTOMIZE):
@@ -270,7 +260,7 @@ def forward_tile(index, features, out, customize, levels, places, CASE: tl.const
         if CASE.STUDENT:
             tl.store(d_at + pixel, blocks.over_groups(sums[0], STEP), mask=exists)
     else:
-        d, logits, student_logits = walk_by_dot(features, partial + CASE.SUMS_AT, tile, CASE, STEP)
+        d, logits, student_logits = walk_by_dot(maps, tokens, partial + CASE.SUMS_AT, tile, CASE, STEP)
         k, p = tl.arange(0, CASE.K_PAD), tl.arange(0, STEP.SPAN)
         inside = tile.first + p < tile.pixels
         to = (tile.n * K + k[:, None]) * total_pixels + (column + p)[None, :]
@@ -401,10 +391,10 @@ def edges_kernel(grad_sums, edges, total_channels, BLOCK: tl.constexpr):
 
 @triton.jit
 def slopes_kernel(
+    levels,
     saved,  # Results of the forward pass
     grad,  # Upstream
     out,  # Gradients
-    levels,
     places,  # Places
     CASE: tl.constexpr,
     GIVEN: tl.constexpr,
@@ -484,11 +474,11 @@ def pixel_factor(saved, grad, tile, places, CASE: tl.constexpr, GIVEN: tl.conste
 
 @triton.jit
 def student_kernel(
-    features,  # Features
+    maps,  # teacher, student
+    levels,
     saved,  # Results of the forward pass
     grad,  # Upstream
     out,  # Gradients
-    levels,
     places,  # Places
     CASE: tl.constexpr,
     GIVEN: tl.constexpr,
@@ -502,8 +492,7 @@ def student_kernel(
             STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
             tile = blocks.tile_of(index, levels, 0, STEP)
             factor = pixel_factor(saved, grad, tile, places, CASE, GIVEN)
-            t = blocks.source(features.teacher, features.teacher_strides, tile, STEP, CASE.T_INTERLEAVED)
-            s = blocks.source(features.student, features.student_strides, tile, STEP, CASE.S_INTERLEAVED)
+            t, s = blocks.source(maps, 0, tile, STEP), blocks.source(maps, 1, tile, STEP)
             to = blocks.destination(out.student, tile, STEP)
             t_at, s_at, to_at = t.at, s.at, to.at
             for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
@@ -519,10 +508,11 @@ def student_kernel(
 
 @triton.jit
 def backward_kernel(
-    features,  # Features
+    maps,  # teacher and student, or teacher
+    levels,
+    tokens,  # tuple: [K, C]
     grad,  # Upstream
     out,  # Gradients
-    levels,
     places,  # Places
     CASE: tl.constexpr,
     WANTED: tl.constexpr,
@@ -537,14 +527,14 @@ def backward_kernel(
         if some & (is_wide(index, levels, STEPS.WIDE.SPAN) != narrow):
             STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
             if STEP.GROUPS > 0:
-                backward_tile(index, features, grad, out, levels, places, CASE, WANTED, STEP)
+                backward_tile(index, maps, levels, tokens, grad, out, places, CASE, WANTED, STEP)
             else:
-                backward_by_dot(index, features, grad, out, levels, places, CASE, WANTED, STEP)
+                backward_by_dot(index, maps, levels, tokens, grad, out, places, CASE, WANTED, STEP)
 
 
 @triton.jit
 def backward_tile(
-    index, features, grad, out, levels, places, CASE: tl.constexpr, WANTED: tl.constexpr, STEP: tl.constexpr
+    index, maps, levels, tokens, grad, out, places, CASE: tl.constexpr, WANTED: tl.constexpr, STEP: tl.constexpr
 ):
     """For few tokens, pixel by pixel."""
     K: tl.constexpr = CASE.K
@@ -552,8 +542,7 @@ def backward_tile(
     PARTS: tl.constexpr = STEP.PARTS
     first_channel = tl.program_id(2) * (STEP.GROUPS * OWN)
     tile, total_channels = blocks.tile_of(index, levels, first_channel, STEP), decode(places.total_channels)
-    t = blocks.source(features.teacher, features.teacher_strides, tile, STEP, CASE.T_INTERLEAVED)
-    s = blocks.source(features.student, features.student_strides, tile, STEP, CASE.S_INTERLEAVED)
+    t, s = blocks.source(maps, 0, tile, STEP), blocks.source(maps, len(maps) - 1, tile, STEP)
     to_t, to_s = blocks.destination(out.teacher, tile, STEP), blocks.destination(out.student, tile, STEP)
     t_at, s_at, to_t_at, to_s_at = t.at, s.at, to_t.at, to_s.at
     slopes_at = out.slopes + (tile.n * tl.num_programs(0) + index) * ((K + 2) * STEP.SPAN)
@@ -561,9 +550,9 @@ def backward_tile(
     if STEP.EVEN:
         total_channels, channel_offset = aligned(total_channels, OWN), aligned(channel_offset, OWN)
     edges = grad.edges + tile.n * EDGES * total_channels + channel_offset
-    e_at, tokens, sums = pick(features.tokens, tile.level) + tile.channel, (), ()
+    e_at, own, sums = pick(tokens, tile.level) + tile.channel, (), ()
     for k in tl.static_range(K):
-        tokens = tokens + blocks.read_channels(e_at + k * tile.channels, 0, OWN, tile, 0, STEP)
+        own = own + blocks.read_channels(e_at + k * tile.channels, 0, OWN, tile, 0, STEP)
         for _ in tl.static_range(OWN):
             sums = sums + (blocks.zeros(1, STEP),)
     for start in range(0, tl.minimum(tile.pixels - tile.first, STEP.SPAN), STEP.COLUMNS * STEP.VECTOR * STEP.PARTS):
@@ -590,7 +579,7 @@ def backward_tile(
                     student = student + (d,)
                 if WANTED.teacher:
                     for k in tl.static_range(K):
-                        gradient += tokens[k * OWN + j] * slopes[k]
+                        gradient += own[k * OWN + j] * slopes[k]
                     teacher = teacher + (gradient,)
             if WANTED.tokens:
                 for m in tl.static_range(len(sums)):
@@ -631,19 +620,19 @@ def read_edges(edges, edge, total_channels, tile, STEP: tl.constexpr):
 
 @triton.jit
 def backward_by_dot(
-    index, features, grad, out, levels, places, CASE: tl.constexpr, WANTED: tl.constexpr, STEP: tl.constexpr
+    index, maps, levels, tokens, grad, out, places, CASE: tl.constexpr, WANTED: tl.constexpr, STEP: tl.constexpr
 ):
     """For many tokens, channel by channel."""
     K: tl.constexpr = CASE.K
     tile = blocks.tile_of(index, levels, 0, STEP)
     k, p = tl.arange(0, CASE.K_PAD), tl.arange(0, STEP.SPAN)
-    t_at, t_step = dot_plane(features.teacher, features.teacher_strides, tile, STEP, CASE.T_INTERLEAVED)
-    s_at, s_step = dot_plane(features.student, features.student_strides, tile, STEP, CASE.S_INTERLEAVED)
-    tokens, total_channels = pick(features.tokens, tile.level), decode(places.total_channels)
+    t_at, t_step = dot_plane(maps, 0, tile, STEP)
+    s_at, s_step = dot_plane(maps, len(maps) - 1, tile, STEP)
+    e_first, total_channels = pick(tokens, tile.level), decode(places.total_channels)
     tokens_to = out.tokens + common.partial_row(index, tile.n, tile.level, levels) * decode(places.row_size)
     image = tile.n * (tile.pixels.to(tl.int64) * tile.channels)
     to_t, to_s = pick(out.teacher, tile.level) + image, pick(out.student, tile.level) + image
-    stride = tile.channels if CASE.S_INTERLEAVED else tile.pixels
+    stride = tile.channels if STEP.INTERLEAVED else tile.pixels
     slope_at = out.slopes + (tile.n * tl.num_programs(0) + index) * ((K + 2) * STEP.SPAN) + p
     slopes = read(slope_at[None, :] + k[:, None] * STEP.SPAN, (k < K)[:, None])
     if CASE.STUDENT:
@@ -655,7 +644,7 @@ def backward_by_dot(
     for start in range(0, tile.end, STEP.CHANNELS):
         c = start + tl.arange(0, STEP.CHANNELS)
         valid = (c < tile.channels)[:, None] & (tile.first + p < tile.pixels)[None, :]
-        to = common.feature_offsets(0, c, tile.first + p, 0, stride, CASE.S_INTERLEAVED)
+        to = common.feature_offsets(0, c, tile.first + p, 0, stride, STEP.INTERLEAVED)
         x = read(t_at, valid)  # [CHANNELS, PIXELS]
         gradient = tl.full([STEP.CHANNELS, STEP.SPAN], 0.0, tl.float32)
         if CASE.STUDENT:
@@ -668,7 +657,7 @@ def backward_by_dot(
             at = k[:, None] * tile.channels + c[None, :]
             tl.store(tokens_to + at, d_tokens, mask=(k < K)[:, None] & (c < tile.channels)[None, :])
         if WANTED.teacher:
-            e = read(tokens + k[None, :] * tile.channels + c[:, None], (k < K)[None, :] & (c < tile.channels)[:, None])
+            e = read(e_first + k[None, :] * tile.channels + c[:, None], (k < K)[None, :] & (c < tile.channels)[:, None])
             gradient = tl.dot(e, slopes, gradient, input_precision=PRECISION)
             if CASE.SUMS:
                 gradient += read(edge_at + c[:, None], valid)
@@ -681,84 +670,28 @@ def backward_by_dot(
 
 FEW_LOGITS = 16  # of a pixel, that multiply-adds serve forward: more of them, and tensor cores do
 PIXEL_LOGITS = 8  # likewise backward; forward, threads have eight pixels of half types up to here, else four
-WARPS = 4
 
 
 def forward_step(maps: common.Maps, logits: int) -> Step:
     """A thread reads 128 bits at a time, where it can; as many warps as may be, so none has more than 128 registers."""
-    half, interleaved, few = _element_size(maps) == 2, maps[0][0].interleaved, 2 if logits > 6 else 4
+    half, interleaved, few = blocks.element_size(maps) == 2, maps[0][-1].interleaved, 2 if logits > 6 else 4
     if logits > FEW_LOGITS:
-        return _dot_step(maps, 32 if half else 16, 64, interleaved)
+        return blocks.step_of(maps, 0, 32 if half else 16, 64, 1)  # of tensor cores: [channels, pixels]
     if interleaved:
-        return _step(maps, 4, 8 if half else 4, 128, 1, tokens=few)
+        return blocks.step_of(maps, 4, 8 if half else 4, 128, 1, tokens=few)
     if half and logits <= PIXEL_LOGITS:
-        return _step(maps, 8, 4, 16, 8, tokens=1)
-    return _step(maps, 4, 8, 32, 4, tokens=few)
+        return blocks.step_of(maps, 8, 4, 16, 8, tokens=1)
+    return blocks.step_of(maps, 4, 8, 32, 4, tokens=few)
 
 
-def student_step(maps: common.Maps) -> Step:
-    """Likewise; laid out as the gradient is."""
-    half, interleaved = _element_size(maps) == 2, maps[0][-1].interleaved
-    if interleaved:
-        return _step(maps, 8, 8 if half else 4, 64, 1)
-    return _step(maps, 8 if half else 4, 4, 16 if half else 32, 8 if half else 4)
-
-
-def backward_step(maps: common.Maps, all_maps: common.Maps, logits: int) -> Step:
+def backward_step(maps: common.Maps, logits: int, channels: Sequence[int]) -> Step:
     """Likewise; lanes along channels, where these are neighbours, and otherwise few along pixels."""
-    half, interleaved = _element_size(maps) == 2, maps[0][-1].interleaved
     if logits > PIXEL_LOGITS:
-        return _dot_step(maps, 32, 32 if half else 64, interleaved)
-    if interleaved:
-        own = 8 if half else 4
-        groups = min(32, triton.next_power_of_2(triton.cdiv(max(level[0].shape[1] for level in maps), own)))
-        step = _step(maps, groups, own, 128 // groups, 1, parts=2)
-    else:
-        step = _step(maps, 16, 2, 8, 8 if half else 4, parts=2)
-    # Few channels, many tiles.
-    programs = min(triton.cdiv(max(level[0].shape[1] for level in maps), step.GROUPS * step.CHANNELS), 4)
+        return blocks.step_of(maps, 0, 32, 32 if blocks.element_size(maps) == 2 else 64, 1)
+    step = blocks.pixel_step(maps)._replace(PARTS=2)  # tokens take registers too
     # Where edges of a level begin depends on the channels of all levels, also of those that other launches take.
-    even = step.EVEN and all(level[0].shape[1] % step.CHANNELS == 0 for level in all_maps)
-    return step._replace(SPAN=max(step.SPAN, 128 * programs), EVEN=even)
-
-
-def _dot_step(maps: common.Maps, channels: int, pixels: int, interleaved: bool) -> Step:
-    """[channels, pixels] at a time."""
-    return _step(maps, 0, channels, pixels, 1)._replace(INTERLEAVED=interleaved)
-
-
-def _step(maps: common.Maps, groups: int, own: int, columns: int, vector: int, tokens: int = 0, parts: int = 1) -> Step:
-    channels = [level[0].shape[1] for level in maps]
-    alike, dense = len(set(channels)) == 1, all(m.rest_stride == m.shape[1] for level in maps for m in level)
-    return Step(
-        groups,
-        own,
-        columns,
-        vector,
-        parts,
-        tokens,
-        SPAN=columns * vector * parts,
-        WARPS=WARPS,
-        INTERLEAVED=vector == 1,
-        NARROW=False,
-        NEXT_CHANNEL=1,
-        EVEN=all(c % (max(groups, 1) * own) == 0 for c in channels),
-        ALL=channels[0] if alike else 0,
-        DENSE=alike and dense,
-    )
-
-
-def steps_of(step: Step, channels: int = 0) -> Steps:
-    """Element by element, which takes more registers, a lane has few pixels, and may have fewer channels."""
-    narrow = step._replace(NARROW=True, CHANNELS=channels or step.CHANNELS)
-    if step.VECTOR == 8:
-        narrow = narrow._replace(PARTS=1)
-    between = step.GROUPS if step.INTERLEAVED else 1
-    return Steps(step, narrow._replace(TOKENS=min(step.TOKENS, narrow.CHANNELS), NEXT_CHANNEL=between))
-
-
-def _element_size(maps: common.Maps) -> int:
-    return max(m.tensor.element_size() for m in maps[0])
+    even = step.EVEN and all(c % step.CHANNELS == 0 for c in channels)
+    return step._replace(EVEN=even)
 
 
 def pad_tokens(num_tokens: int) -> int:
@@ -766,24 +699,15 @@ def pad_tokens(num_tokens: int) -> int:
     return max(16, int(triton.next_power_of_2(num_tokens)))
 
 
-def _dense(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> common.Maps:
-    """Per level its teacher, and its student where there is one. Their layouts may differ."""
-    levels = zip(teacher, student, strict=True) if student else zip(teacher, strict=True)
-    return [tuple(layout.dense_view(x) for x in level) for level in levels]
+def _case(tokens: int, student: Sequence[Tensor], customized: bool, sums: bool, sums_at: int = 0) -> Case:
+    return Case(tokens, 8 if tokens <= 8 else pad_tokens(tokens), len(student) > 0, customized, sums, sums_at)
 
 
-def _features(maps: common.Maps, tokens: Sequence[Tensor]) -> Features:
-    """Of a run of levels."""
-    t, s = [level[0] for level in maps], [level[-1] for level in maps]
-    embeddings = tuple(e.contiguous() for e in tokens) if tokens else common.pointers(t)
-    return Features(common.pointers(t), common.pointers(s), embeddings, common.strides_of(t), common.strides_of(s))
-
-
-def _places(teacher: Sequence[Tensor], maps: common.Maps, run: slice, total_pixels: int, row_size: int) -> Places:
-    channels = [level[0].shape[1] for level in maps]
+def _places(teacher: Sequence[Tensor], run: slice, total_pixels: int, row_size: int) -> Places:
+    channels, pixels = [x.shape[1] for x in teacher], [math.prod(x.shape[2:]) for x in teacher]
     return Places(
         encode([x.shape[3] if x.dim() == 4 else 0 for x in teacher[run]]),
-        encode(common.offsets([level[0].shape[2] for level in maps])[run]),
+        encode(common.offsets(pixels)[run]),
         encode(common.offsets(channels)[run]),
         *encode([total_pixels, sum(channels), row_size]),
     )
@@ -797,35 +721,29 @@ def forward(
     customize: Tensor | None,
     out: ReceptiveStats,
 ) -> None:
-    maps, n = _dense(teacher, student), teacher[0].shape[0]
-    k, wants_sums = tokens[0].shape[0] if tokens else 0, out.sums.numel() > 0
+    n, k, wants_sums = teacher[0].shape[0], tokens[0].shape[0] if tokens else 0, out.sums.numel() > 0
     customized = customize is not None and k > 0 and len(student) > 0
     logits = k * (1 + customized)  # of a pixel
-    for run, run_maps in common.runs(maps):
-        # The sums start on a whole block of the second kernel.
-        sums_at = triton.cdiv(2 * k + k * k, 64) * 64
-        case = _case(run_maps, k, student, customized, wants_sums)._replace(SUMS_AT=sums_at)
-        step = forward_step(run_maps, logits)
-        levels, channels = common.as_levels(run_maps, step.SPAN), max(level[0].shape[1] for level in run_maps)
-        row_size = sums_at + (channels if wants_sums else 0)
-        partials = common.new_partials(levels, n, row_size, teacher[0])
+    # The sums start on a whole block of the second kernel.
+    case = _case(k, student, customized, wants_sums, triton.cdiv(2 * k + k * k, 64) * 64)
+    for run in blocks.runs_of(teacher, *[student] * case.STUDENT, step=functools.partial(forward_step, logits=logits)):
+        levels, channels, walked = run.levels, max(run.levels.channels), run.step.GROUPS > 0
+        row_size = case.SUMS_AT + (channels if wants_sums else 0)
+        partials = run.partials(row_size)
         borders = empty(partials, n, LINES.value, sum(x.shape[1] for x in teacher) if wants_sums else 0)
-        places = _places(teacher, maps, run, out.masks.shape[2], row_size)
-        lines = LINES.value * len(run_maps) * triton.cdiv(channels, BORDER_C.value) if wants_sums else 0
-        if n and sum(levels.tiles) + lines:
-            launch(
-                forward_kernel,
-                (sum(levels.tiles) + lines, n),
-                _features(run_maps, tokens[run]),
-                Results(out.masks, out.teacher_masks, out.distance, borders, partials),
-                out.mass if customize is None else customize,
-                levels.encoded(),
-                places,
-                CASE=case,
-                STEPS=steps_of(step, 0 if step.INTERLEAVED or not step.GROUPS else 2),
-                num_warps=WARPS,
-                maxnreg=None if logits > FEW_LOGITS else 128 if logits <= PIXEL_LOGITS else 168,
-            )
+        places = _places(teacher, run.part, out.masks.shape[2], row_size)
+        lines = LINES.value * len(levels.tiles) * triton.cdiv(channels, BORDER_C.value) if wants_sums else 0
+        run.launch(
+            forward_kernel,
+            _embeddings(tokens, run),
+            Results(out.masks, out.teacher_masks, out.distance, borders, partials),
+            out.mass if customize is None else customize,
+            places,
+            CASE=case,
+            grid=(sum(levels.tiles) + lines, n),
+            channels=2 if walked and not run.step.INTERLEAVED else 0,
+            maxnreg=None if logits > FEW_LOGITS else blocks.REGISTERS if logits <= PIXEL_LOGITS else 168,
+        )
         if n and row_size:
             block, rows = common.reduce_shape(row_size)
             launch(
@@ -834,9 +752,9 @@ def forward(
                 partials,
                 borders,
                 Reduced(
-                    of_run(out.mass, run),
-                    of_run(out.error, run) if student else out.mass,
-                    of_run(out.gram, run),
+                    of_run(out.mass, run.part),
+                    of_run(out.error, run.part) if student else out.mass,
+                    of_run(out.gram, run.part),
                     out.sums,
                 ),
                 levels.encoded(),
@@ -848,9 +766,9 @@ def forward(
             )
 
 
-def _case(maps: common.Maps, tokens: int, student: Sequence[Tensor], customized: bool, sums: bool) -> Case:
-    pad = 8 if tokens <= 8 else pad_tokens(tokens)
-    return Case(tokens, pad, len(student) > 0, customized, sums, maps[0][0].interleaved, maps[0][-1].interleaved)
+def _embeddings(tokens: Sequence[Tensor], run: blocks.Run) -> tuple[Tensor, ...]:
+    """A run's tokens as kernels take them; where there are none, something to be passed."""
+    return tuple(e.contiguous() for e in tokens[run.part]) or common.pointers([level[0] for level in run.features])
 
 
 @recalled
@@ -864,8 +782,8 @@ def backward(
 ) -> None:
     grad_masks, _, grad_distance, grad_mass, grad_error, grad_gram, grad_sums = grad
     grad_teacher, grad_tokens, grad_student = results
-    maps, n, nothing = _dense(teacher, student), teacher[0].shape[0], saved.masks
-    k, total_channels = tokens[0].shape[0] if tokens else 0, sum(x.shape[1] for x in teacher)
+    n, nothing, channels = teacher[0].shape[0], saved.masks, [x.shape[1] for x in teacher]
+    k, total_channels = tokens[0].shape[0] if tokens else 0, sum(channels)
     wanted = Wanted(bool(grad_teacher), bool(grad_tokens), bool(grad_student))
     only_student = not (wanted.teacher or wanted.tokens)
     has = Given(
@@ -885,67 +803,61 @@ def backward(
     def given(x: Tensor | None, run: slice) -> Tensor:
         return nothing if x is None else of_run(x, run)
 
-    for run, run_maps in common.runs(maps):
-        step = student_step(run_maps) if only_student else backward_step(run_maps, maps, k)
-        case = _case(run_maps, k, student, saved.teacher_masks.numel() > 0, has.sums)
-        levels, own = common.as_levels(run_maps, step.SPAN), common.pointers([level[0] for level in run_maps])
+    case = _case(k, student, saved.teacher_masks.numel() > 0, has.sums)
+    of_forward = Results(saved.masks, saved.teacher_masks, saved.distance, nothing, nothing)
+    if only_student:
+        step: Callable[[common.Maps], Step] = blocks.channel_step
+    else:
+        step = functools.partial(backward_step, logits=k, channels=channels)
+    for run in blocks.runs_of(teacher, *[student] * case.STUDENT, step=step):
+        part, levels, span, tiles = run.part, run.levels, run.step.SPAN, sum(run.levels.tiles)
         row_size = k * max(levels.channels) if grad_tokens else 0
-        partials = common.new_partials(levels, n, row_size, teacher[0])
-        places = _places(teacher, maps, run, saved.masks.shape[2], row_size)
-        features, tiles = _features(run_maps, tokens[run]), sum(levels.tiles)
-        of_forward = Results(saved.masks, saved.teacher_masks, saved.distance, nothing, nothing)
+        partials, own = run.partials(row_size), common.pointers([level[0] for level in run.features])
+        places = _places(teacher, part, saved.masks.shape[2], row_size)
         upstream = Upstream(
             nothing if grad_masks is None else grad_masks,
             nothing if grad_distance is None else grad_distance,
-            given(grad_mass, run),
-            given(grad_error, run),
-            given(grad_gram, run),
+            given(grad_mass, part),
+            given(grad_error, part),
+            given(grad_gram, part),
             edges,
         )
         out = Gradients(
-            tuple(grad_teacher[run]) if grad_teacher else own,
-            tuple(grad_student[run]) if grad_student else own,
-            nothing if only_student else empty(nothing, n, tiles, k + 2, step.SPAN),
+            run.of(grad_teacher) or own,
+            run.of(grad_student) or own,
+            nothing if only_student else empty(nothing, n, tiles, k + 2, span),
             partials,
         )
-        shared = upstream, out, levels.encoded(), places
-        if n and tiles and only_student:
-            launch(
-                student_kernel,
-                (tiles, n),
-                features,
-                of_forward,
-                *shared,
-                CASE=case,
-                GIVEN=has,
-                STEPS=steps_of(step, 2),
-                num_warps=WARPS,
-                maxnreg=128,
-            )
+        if only_student:
+            run.launch(student_kernel, of_forward, upstream, out, places, CASE=case, GIVEN=has, channels=2)
         elif n and tiles:
-            block = min(step.SPAN, SLOPES_P)
+            block = min(span, SLOPES_P)
             launch(
                 slopes_kernel,
-                (tiles * (step.SPAN // block), n),
+                (tiles * (span // block), n),
+                levels.encoded(),
                 of_forward,
-                *shared,
+                upstream,
+                out,
+                places,
                 CASE=case,
                 GIVEN=has,
-                SPAN=step.SPAN,
+                SPAN=span,
                 BLOCK=block,
                 num_warps=4,
             )
-            launch(
+            run.launch(
                 backward_kernel,
-                (tiles, n, triton.cdiv(max(levels.channels), step.GROUPS * step.CHANNELS) if step.GROUPS else 1),
-                features,
-                *shared,
+                _embeddings(tokens, run),
+                upstream,
+                out,
+                places,
                 CASE=case,
                 WANTED=wanted,
-                STEPS=steps_of(step),
-                num_warps=WARPS,
+                grid=run.grid(channels=run.step.GROUPS > 0),
+                maxnreg=None,
             )
         if grad_tokens:
             common.reduce_tiles(
-                partials, grad_tokens[run], levels, [k * c for c in levels.channels], n, per_image=False
+                partials, grad_tokens[part], levels, [k * c for c in levels.channels], n, per_image=False
             )

@@ -1,4 +1,4 @@
-"""Triton kernels of ``scale_pixels``. Equations and traffic: csrc/scale_pixels.h. How they walk: streams.py."""
+"""Triton kernels of ``scale_pixels``. Equations and traffic: csrc/scale_pixels.h. How they walk: blocks.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskd_kernels.triton import streams
+from maskd_kernels.triton import blocks
 from maskd_kernels.triton.common import is_wide
 from maskd_kernels.triton.launch import recalled
 
@@ -25,49 +25,57 @@ def forward_kernel(
     levels,
     scale,  # tuple: [N, P]
     out,  # tuple: [N, C, P], laid out like x
-    SHAPES: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     for narrow in tl.static_range(2):
-        if is_wide(tl.program_id(0), levels, streams.STREAM_PIXELS) != narrow:
-            SHAPE: tl.constexpr = SHAPES.NARROW if narrow else SHAPES.WIDE
-            walk = streams.walk_of(levels, SHAPE)
-            x, y = streams.source(maps, 0, walk, SHAPE), streams.destination(out, walk, SHAPE)
-            factors = streams.per_pixel(scale, walk, SHAPE)
-            columns = streams.read_columns(factors, walk)
-            for row in range(walk.first, walk.last, SHAPE.ROWS):
-                step = streams.step_of(row, walk, SHAPE)
-                factor = streams.read_line(factors, columns, step)
-                streams.write_step(y, step, streams.read_step(x, step) * factor)
+        if is_wide(tl.program_id(0), levels, STEPS.WIDE.SPAN) != narrow:
+            STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
+            tile = blocks.tile_of(tl.program_id(0), levels, 0, STEP)
+            factor = blocks.read_pixel(scale, tile)
+            x, y = blocks.source(maps, 0, tile, STEP), blocks.destination(out, tile, STEP)
+            x_at, y_at = x.at, y.at
+            for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
+                value, scaled = blocks.read_block(x_at, x, tile, start, STEP), ()
+                for m in tl.static_range(len(value)):
+                    scaled += (value[m] * factor,)
+                blocks.write_block(y_at, y, scaled, tile, start, STEP)
+                x_at += x.next_channels
+                y_at += y.next_channels
 
 
 @triton.jit
 def backward_kernel(
-    maps,  # x, grad_y
+    maps,  # grad_y, x
     levels,
     scale,  # tuple: [N, P]
     grad_x,  # tuple: [N, C, P], laid out like x
     grad_scale,  # tuple: [N, P]
     WANTED: tl.constexpr,
-    SHAPES: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     for narrow in tl.static_range(2):
-        if is_wide(tl.program_id(0), levels, streams.STREAM_PIXELS) != narrow:
-            SHAPE: tl.constexpr = SHAPES.NARROW if narrow else SHAPES.WIDE
-            walk = streams.walk_of(levels, SHAPE)
-            x, grad_y = streams.source(maps, 0, walk, SHAPE), streams.source(maps, 1, walk, SHAPE)
-            d_x = streams.destination(grad_x, walk, SHAPE)
-            factors, d_factors = streams.per_pixel(scale, walk, SHAPE), streams.per_pixel(grad_scale, walk, SHAPE)
-            columns, total = streams.read_columns(factors, walk), streams.accumulator(SHAPE)
-            for row in range(walk.first, walk.last, SHAPE.ROWS):
-                step = streams.step_of(row, walk, SHAPE)
-                factor = streams.read_line(factors, columns, step)
-                g = streams.read_step(grad_y, step)
+        if is_wide(tl.program_id(0), levels, STEPS.WIDE.SPAN) != narrow:
+            STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
+            tile = blocks.tile_of(tl.program_id(0), levels, 0, STEP)
+            factor, total = blocks.read_pixel(scale, tile), blocks.zeros(STEP.VECTOR, STEP)
+            grad, x = blocks.source(maps, 0, tile, STEP), blocks.source(maps, 1, tile, STEP)
+            to = blocks.destination(grad_x, tile, STEP)
+            grad_at, x_at, to_at = grad.at, x.at, to.at
+            for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
+                g, d_x = blocks.read_block(grad_at, grad, tile, start, STEP), ()
                 if WANTED.scale:
-                    total = streams.add(d_factors, total, g * streams.read_step(x, step), 1.0, step)
+                    value = blocks.read_block(x_at, x, tile, start, STEP)
+                for m in tl.static_range(len(g)):
+                    if WANTED.scale:
+                        total += g[m] * value[m]
+                    d_x += (g[m] * factor,)
                 if WANTED.x:
-                    streams.write_step(d_x, step, g * factor)
+                    blocks.write_block(to_at, to, d_x, tile, start, STEP)
+                grad_at += grad.next_channels
+                x_at += x.next_channels
+                to_at += to.next_channels
             if WANTED.scale:
-                streams.finish(d_factors, total, 1.0, walk)
+                blocks.write_pixel(grad_scale, total, tile, STEP)
 
 
 # ---- Launchers ---------------------------------------------------------------------------------
@@ -75,7 +83,7 @@ def backward_kernel(
 
 @recalled
 def forward(x: Sequence[Tensor], scale: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-    for run in streams.runs_of(x):
+    for run in blocks.runs_of(x):
         run.launch(forward_kernel, run.of(scale), run.of(out))
 
 
@@ -88,6 +96,6 @@ def backward(
     grad_scale: Sequence[Tensor],  # likewise
 ) -> None:
     wanted = Wanted(bool(grad_x), bool(grad_scale))
-    for run in streams.runs_of(x, grad):
+    for run in blocks.runs_of(grad, x):
         results = run.of(grad_x or x), run.of(grad_scale or scale)
         run.launch(backward_kernel, run.of(scale), *results, WANTED=wanted)

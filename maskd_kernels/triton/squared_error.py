@@ -1,4 +1,4 @@
-"""Triton kernels of ``squared_error``. Equations and traffic: csrc/squared_error.h. How they walk: streams.py."""
+"""Triton kernels of ``squared_error``. Equations and traffic: csrc/squared_error.h. How they walk: blocks.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskd_kernels.triton import streams
-from maskd_kernels.triton.common import is_wide, of_run, reduce_tiles
+from maskd_kernels.triton import blocks
+from maskd_kernels.triton.common import integer, is_wide, level_of, of_run, partial_row, reduce_tiles
 from maskd_kernels.triton.launch import recalled, unbind
 
 
@@ -22,32 +22,39 @@ class Wanted(NamedTuple):
 
 @triton.jit
 def forward_kernel(
-    maps,  # pred, target
+    maps,  # target, pred
     levels,
     scale,  # tuple: [N, C]
     partials,  # [N * tiles, 1]
     HAS_SCALE: tl.constexpr,
-    SHAPES: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     for narrow in tl.static_range(2):
-        if is_wide(tl.program_id(0), levels, streams.STREAM_PIXELS) != narrow:
-            SHAPE: tl.constexpr = SHAPES.NARROW if narrow else SHAPES.WIDE
-            walk = streams.walk_of(levels, SHAPE)
-            pred, target = streams.source(maps, 0, walk, SHAPE), streams.source(maps, 1, walk, SHAPE)
-            factors, total = streams.per_channel(scale, walk, SHAPE), streams.accumulator(SHAPE)
-            columns = streams.read_columns(factors, walk) if HAS_SCALE else 1.0
-            for row in range(walk.first, walk.last, SHAPE.ROWS):
-                step = streams.step_of(row, walk, SHAPE)
-                value, goal = streams.read_step(pred, step), streams.read_step(target, step)
-                factor = streams.read_line(factors, columns, step) if HAS_SCALE else 1.0
-                e = goal - value * factor
-                total += e * e
-            tl.store(partials + walk.partial, tl.sum(tl.sum(tl.sum(total, 1), 1), 0))
+        if is_wide(tl.program_id(0), levels, STEPS.WIDE.SPAN) != narrow:
+            STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
+            CHANNELS: tl.constexpr = STEP.CHANNELS
+            tile = blocks.tile_of(tl.program_id(0), levels, 0, STEP)
+            total = blocks.zeros(STEP.VECTOR, STEP)
+            target, pred = blocks.source(maps, 0, tile, STEP), blocks.source(maps, 1, tile, STEP)
+            target_at, pred_at, factor_at = target.at, pred.at, blocks.of_channels(scale, tile)
+            for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
+                goal = blocks.read_block(target_at, target, tile, start, STEP)
+                value = blocks.read_block(pred_at, pred, tile, start, STEP)
+                if HAS_SCALE:
+                    factor = blocks.read_channels(factor_at, 0, CHANNELS, tile, start, STEP)
+                for j in tl.static_range(CHANNELS):
+                    e = goal[j] - (value[j] * factor[j] if HAS_SCALE else value[j])
+                    total += e * e
+                target_at += target.next_channels
+                pred_at += pred.next_channels
+                factor_at += STEP.GROUPS * STEP.CHANNELS
+            to = partials + partial_row(tl.program_id(0), tile.n, tile.level, levels)
+            tl.store(to, tl.sum(tl.sum(tl.sum(total, 2), 1), 0))
 
 
 @triton.jit(do_not_specialize=["row_size"])
 def backward_kernel(
-    maps,  # pred, target
+    maps,  # target, pred
     levels,
     scale,  # tuple: [N, C]
     grad,  # [levels, N]
@@ -57,32 +64,49 @@ def backward_kernel(
     row_size,
     HAS_SCALE: tl.constexpr,
     WANTED: tl.constexpr,
-    SHAPES: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
+    level = level_of(tl.program_id(0), levels)
+    first_channel = tl.program_id(2) * (STEPS.WIDE.GROUPS * STEPS.WIDE.CHANNELS)
+    some = first_channel < integer(levels.channels, level)  # other levels may have more
     for narrow in tl.static_range(2):
-        if is_wide(tl.program_id(0), levels, streams.STREAM_PIXELS) != narrow:
-            SHAPE: tl.constexpr = SHAPES.NARROW if narrow else SHAPES.WIDE
-            walk = streams.walk_of(levels, SHAPE)
-            pred, target = streams.source(maps, 0, walk, SHAPE), streams.source(maps, 1, walk, SHAPE)
-            d_pred = streams.destination(grad_pred, walk, SHAPE)
-            d_target = streams.destination(grad_target, walk, SHAPE)
-            g = 2 * tl.load(grad + walk.level * tl.num_programs(1) + walk.n)
-            factors = streams.per_channel(scale, walk, SHAPE)
-            columns = streams.read_columns(factors, walk) if HAS_SCALE else 1.0
-            d_factors, total = streams.partial_per_channel(partials, row_size, walk, SHAPE), streams.accumulator(SHAPE)
-            for row in range(walk.first, walk.last, SHAPE.ROWS):
-                step = streams.step_of(row, walk, SHAPE)
-                value, goal = streams.read_step(pred, step), streams.read_step(target, step)
-                factor = streams.read_line(factors, columns, step) if HAS_SCALE else 1.0
-                e = goal - factor * value
+        if some & (is_wide(tl.program_id(0), levels, STEPS.WIDE.SPAN) != narrow):
+            STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
+            CHANNELS: tl.constexpr = STEP.CHANNELS
+            SIZE: tl.constexpr = STEP.COLUMNS * STEP.VECTOR * STEP.PARTS
+            tile = blocks.tile_of(tl.program_id(0), levels, first_channel, STEP)
+            g = 2 * tl.load(grad + tile.level * tl.num_programs(1) + tile.n)
+            target, pred = blocks.source(maps, 0, tile, STEP), blocks.source(maps, 1, tile, STEP)
+            to_pred, to_target = blocks.destination(grad_pred, tile, STEP), blocks.destination(grad_target, tile, STEP)
+            target_at, pred_at, to_pred_at, to_target_at = target.at, pred.at, to_pred.at, to_target.at
+            if HAS_SCALE:
+                factor = blocks.read_channels(blocks.of_channels(scale, tile), 0, CHANNELS, tile, 0, STEP)
+            sums, totals = (blocks.zeros(1, STEP),) * CHANNELS, ()
+            for start in range(0, tl.minimum(tile.pixels - tile.first, STEP.SPAN), SIZE):
+                here = blocks.further(tile, start)
+                goal = blocks.read_block(target_at, target, here, 0, STEP)
+                value = blocks.read_block(pred_at, pred, here, 0, STEP)
+                d_pred, d_target = (), ()
+                for m in tl.static_range(len(value)):
+                    e = goal[m] - (value[m] * factor[m % CHANNELS] if HAS_SCALE else value[m])
+                    d_pred += (e * (-g * factor[m % CHANNELS] if HAS_SCALE else -g),)
+                    d_target += (g * e,)
+                    if WANTED.scale:
+                        sums = sums[1:] + (sums[0] + tl.sum(value[m] * e, 2, keep_dims=True),)
                 if WANTED.pred:
-                    streams.write_step(d_pred, step, factor * -g * e)
+                    blocks.write_block(to_pred_at, to_pred, d_pred, here, 0, STEP)
                 if WANTED.target:
-                    streams.write_step(d_target, step, g * e)
-                if WANTED.scale:
-                    total = streams.add(d_factors, total, value * e, -g, step)
+                    blocks.write_block(to_target_at, to_target, d_target, here, 0, STEP)
+                target_at += target.next_pixels
+                pred_at += pred.next_pixels
+                to_pred_at += to_pred.next_pixels
+                to_target_at += to_target.next_pixels
             if WANTED.scale:
-                streams.finish(d_factors, total, -g, walk)
+                to = partials + partial_row(tl.program_id(0), tile.n, tile.level, levels) * row_size
+                c = first_channel + blocks.channels_of(STEP)
+                for j in tl.static_range(CHANNELS):
+                    totals += (blocks.over_pixels(sums[j], STEP) * -g,)
+                blocks.write_channels(to + c, totals, c, tile, STEP)
 
 
 # ---- Launchers ---------------------------------------------------------------------------------
@@ -90,7 +114,7 @@ def backward_kernel(
 
 @recalled
 def forward(pred: Sequence[Tensor], target: Sequence[Tensor], scale: Sequence[Tensor], out: Tensor) -> None:
-    for run in streams.runs_of(pred, target):
+    for run in blocks.runs_of(target, pred):
         partials = run.partials(1)
         run.launch(forward_kernel, run.of(scale or pred), partials, HAS_SCALE=bool(scale))
         reduce_tiles(partials, unbind(of_run(out, run.part)), run.levels, [1] * len(run.levels.tiles), run.images)
@@ -107,7 +131,7 @@ def backward(
     grad_scale: Sequence[Tensor],  # likewise
 ) -> None:
     wanted = Wanted(bool(grad_pred), bool(grad_target), bool(grad_scale))
-    for run in streams.runs_of(pred, target, sums_rows=wanted.scale):
+    for run in blocks.runs_of(target, pred, step=blocks.pixel_step):
         row_size = max(run.levels.channels) if grad_scale else 0
         partials = run.partials(row_size)
         run.launch(
@@ -120,7 +144,7 @@ def backward(
             row_size,
             HAS_SCALE=bool(scale),
             WANTED=wanted,
-            maxnreg=None if wanted.target else run.shapes.REGISTERS,  # two maps to write take more
+            grid=run.grid(channels=True),
         )
         if grad_scale:
             reduce_tiles(partials, run.of(grad_scale), run.levels, run.levels.channels, run.images)
