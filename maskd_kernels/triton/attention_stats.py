@@ -27,18 +27,15 @@ def forward_kernel(
             STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
             CHANNELS: tl.constexpr = STEP.CHANNELS
             tile = blocks.tile_of(tl.program_id(0), levels, 0, STEP)
-            strength, channels = blocks.zeros(STEP.VECTOR, STEP), blocks.channels_of(STEP)
-            to = partials + partial_row(tl.program_id(0), tile.n, tile.level, levels) * row_size + channels
-            x = blocks.source(maps, 0, tile, STEP)
-            x_at = x.at
+            x, strength = blocks.source(maps, 0, tile, STEP), blocks.zeros(STEP.VECTOR, STEP)
+            to = partials + partial_row(tl.program_id(0), tile.n, tile.level, levels) * row_size
             for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
-                value, means = blocks.read_block(x_at, x, tile, start, STEP), ()
+                value, means = blocks.read_block(x, tile, start, 0, STEP), ()
                 for j in tl.static_range(CHANNELS):
                     strength += tl.abs(value[j])
                     means += (blocks.over_pixels(value[j], STEP) * (1.0 / tile.pixels),)
-                blocks.write_channels(to, means, start + channels, tile, STEP)
-                x_at += x.next_channels
-                to += STEP.GROUPS * STEP.CHANNELS
+                blocks.write_channels(to, means, tile, start, STEP)
+                x, to = blocks.next_channels(x), to + STEP.GROUPS * STEP.CHANNELS
             blocks.write_pixel(attention, strength * (1.0 / tile.end), tile, STEP)
 
 
@@ -58,16 +55,14 @@ def backward_kernel(
             tile = blocks.tile_of(tl.program_id(0), levels, 0, STEP)
             strength = blocks.read_pixel(grad_attention, tile) * (1.0 / tile.end)
             x, to = blocks.source(maps, 0, tile, STEP), blocks.destination(grad_x, tile, STEP)
-            x_at, to_at, mean_at = x.at, to.at, blocks.of_channels(grad_mean, tile)
+            means = blocks.of_channels(grad_mean, tile)
             for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
-                value, d_x = blocks.read_block(x_at, x, tile, start, STEP), ()
-                mean = blocks.read_channels(mean_at, 0, CHANNELS, tile, start, STEP)
+                value, d_x = blocks.read_block(x, tile, start, 0, STEP), ()
+                mean = blocks.read_channels(means, 0, CHANNELS, tile, start, STEP)
                 for j in tl.static_range(CHANNELS):
                     d_x += (signed(strength, value[j]) + mean[j] * (1.0 / tile.pixels),)
-                blocks.write_block(to_at, to, d_x, tile, start, STEP)
-                x_at += x.next_channels
-                to_at += to.next_channels
-                mean_at += STEP.GROUPS * STEP.CHANNELS
+                blocks.write_block(to, d_x, tile, start, 0, STEP)
+                x, to, means = blocks.next_channels(x), blocks.next_channels(to), means + STEP.GROUPS * STEP.CHANNELS
 
 
 @triton.jit

@@ -154,20 +154,17 @@ def tile_of(index, levels, first_channel, STEP: tl.constexpr):
 
 
 @triton.jit
-def further(tile, pixels):
-    """The tile so many pixels further on."""
-    first = tile.first + pixels
-    return Tile(
-        tile.level,
-        tile.n,
-        first,
-        tile.channels,
-        tile.end,
-        tile.pixels,
-        tile.first_channel,
-        tile.channel,
-        tile.pixel,
-    )
+def next_channels(plane):
+    """The plane at the next step of a walk along channels."""
+    at = plane.at + plane.next_channels
+    return Plane(at, plane.c, plane.channel, plane.part, plane.next_channels, plane.next_pixels)
+
+
+@triton.jit
+def next_pixels(plane):
+    """The plane at the next step of a walk along pixels."""
+    at = plane.at + plane.next_pixels
+    return Plane(at, plane.c, plane.channel, plane.part, plane.next_channels, plane.next_pixels)
 
 
 @triton.jit
@@ -241,14 +238,14 @@ def vectors(pointer, stride, tile, STEP: tl.constexpr, PAIR: tl.constexpr):
 
 
 @triton.jit
-def present(plane, tile, channel, part: tl.constexpr, STEP: tl.constexpr):
-    """Whether there are a plane's elements, so many channels and parts further on."""
+def present(plane, tile, channel, pixel, STEP: tl.constexpr):
+    """Whether there are a plane's elements, so many channels and pixels from the tile's first."""
     if STEP.EVEN:
         valid = tl.full(plane.c.shape, 1, tl.int1)
     else:
         valid = plane.c + channel < tile.channels
     if STEP.NARROW:
-        valid = valid & (tile.first + tile.pixel + part * (STEP.COLUMNS * STEP.VECTOR) < tile.pixels)
+        valid = valid & (tile.first + pixel + tile.pixel < tile.pixels)
     return valid
 
 
@@ -328,35 +325,36 @@ def joined(x, AXES: tl.constexpr):
 
 
 @triton.jit
-def read_block(at, plane, tile, channel, STEP: tl.constexpr):
-    """Each lane's block at these pointers, so many channels from its first; 0 where there is nothing."""
+def read_block(plane, tile, channel, pixel, STEP: tl.constexpr):
+    """Each lane's block of a step, so many channels and pixels from the tile's first; 0 where there is nothing."""
     PARTS: tl.constexpr = STEP.PARTS
     CHANNELS: tl.constexpr = STEP.CHANNELS
     result = ()
     for part in tl.static_range(PARTS):
+        at, p = plane.at + part * plane.part, pixel + part * (STEP.COLUMNS * STEP.VECTOR)
         if STEP.INTERLEAVED and len(at.shape) == 2:
-            value = widened(at + part * plane.part, present(plane, tile, channel, part, STEP), STEP)
-            result = result + entries(value)
+            result += entries(widened(at, present(plane, tile, channel, p, STEP), STEP))
         else:
             for j in tl.static_range(CHANNELS):
-                valid = present(plane, tile, channel + j * STEP.NEXT_CHANNEL, part, STEP)
-                result = result + (widened(at + part * plane.part + j * plane.channel, valid, STEP),)
+                valid = present(plane, tile, channel + j * STEP.NEXT_CHANNEL, p, STEP)
+                result += (widened(at + j * plane.channel, valid, STEP),)
     return result
 
 
 @triton.jit
-def write_block(at, plane, values, tile, channel, STEP: tl.constexpr):
+def write_block(plane, values, tile, channel, pixel, STEP: tl.constexpr):
     """The reverse of ``read_block``."""
     PARTS: tl.constexpr = STEP.PARTS
     CHANNELS: tl.constexpr = STEP.CHANNELS
     for part in tl.static_range(PARTS):
+        at, p = plane.at + part * plane.part, pixel + part * (STEP.COLUMNS * STEP.VECTOR)
         if STEP.INTERLEAVED and len(at.shape) == 2:
             value = stacked(values[part * CHANNELS : (part + 1) * CHANNELS])
-            write(at + part * plane.part, value, present(plane, tile, channel, part, STEP))
+            write(at, value, present(plane, tile, channel, p, STEP))
         else:
             for j in tl.static_range(CHANNELS):
-                valid = present(plane, tile, channel + j * STEP.NEXT_CHANNEL, part, STEP)
-                write(at + part * plane.part + j * plane.channel, values[part * CHANNELS + j], valid)
+                valid = present(plane, tile, channel + j * STEP.NEXT_CHANNEL, p, STEP)
+                write(at + j * plane.channel, values[part * CHANNELS + j], valid)
 
 
 @triton.jit
@@ -366,18 +364,12 @@ def read_channels(at, FIRST: tl.constexpr, COUNT: tl.constexpr, tile, channel, S
     if STEP.EVEN and STEP.NEXT_CHANNEL == 1:
         SIZE: tl.constexpr = COUNT if COUNT < 4 else 4
         for first in tl.static_range(FIRST, FIRST + COUNT, SIZE):
-            result = result + entries(tl.load(at + (first + tl.arange(0, SIZE))[None, None, :]))
+            result += entries(tl.load(at + (first + tl.arange(0, SIZE))[None, None, :]))
     else:
         for j in tl.static_range(FIRST, FIRST + COUNT):
             valid = tile.channel + (channel + j * STEP.NEXT_CHANNEL) < tile.channels
-            result = result + (tl.load(at + j * STEP.NEXT_CHANNEL, mask=valid, other=0.0),)
+            result += (tl.load(at + j * STEP.NEXT_CHANNEL, mask=valid, other=0.0),)
     return result
-
-
-@triton.jit
-def of_channels(pointers, tile):
-    """Pointers for ``read_channels``, of a tuple of [N, C]."""
-    return pick(pointers, tile.level) + tile.n * tile.channels + tile.channel
 
 
 @triton.jit
@@ -408,15 +400,15 @@ def over_pixels(x, STEP: tl.constexpr):
 
 
 @triton.jit
-def write_channels(at, sums, c, tile, STEP: tl.constexpr):
-    """Sums of ``over_pixels``, one for each of a lane's channels c, [GROUPS, CHANNELS]; pointers likewise."""
-    total = stacked(sums)
+def write_channels(at, sums, tile, channel, STEP: tl.constexpr):
+    """Sums of ``over_pixels``, one for each of a lane's channels; ``at`` points to the step's first channel."""
+    total, c = stacked(sums), tile.first_channel + channels_of(STEP)
     if STEP.INTERLEAVED:
         total = tl.sum(total, 1)  # over warps
     if STEP.EVEN:
-        tl.store(at, total)
+        tl.store(at + c, total)
     else:
-        tl.store(at, total, mask=c < tile.channels)
+        tl.store(at + c, total, mask=channel + c < tile.channels)
 
 
 @triton.jit

@@ -76,15 +76,14 @@ def walk(maps, tokens, sums_to, tile, CASE: tl.constexpr, STEP: tl.constexpr):
     CHANNELS: tl.constexpr = STEP.CHANNELS
     K: tl.constexpr = CASE.K
     t, s = blocks.source(maps, 0, tile, STEP), blocks.source(maps, len(maps) - 1, tile, STEP)
-    t_at, s_at, e_at = t.at, s.at, pick(tokens, tile.level) + tile.channel
-    channels, sums = blocks.channels_of(STEP), ()
+    e_at, sums = pick(tokens, tile.level) + tile.channel, ()
     for _ in tl.static_range(1 + K + K * CASE.CUSTOMIZE):
         sums = sums + (blocks.zeros(STEP.VECTOR, STEP),)
     for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
-        x = blocks.read_block(t_at, t, tile, start, STEP)
+        x = blocks.read_block(t, tile, start, 0, STEP)
         y = x
         if CASE.STUDENT:
-            y = blocks.read_block(s_at, s, tile, start, STEP)
+            y = blocks.read_block(s, tile, start, 0, STEP)
         totals = ()
         for j in tl.static_range(CHANNELS):
             if j % STEP.TOKENS == 0:
@@ -98,11 +97,10 @@ def walk(maps, tokens, sums_to, tile, CASE: tl.constexpr, STEP: tl.constexpr):
             if CASE.SUMS:
                 totals = totals + (blocks.over_pixels(x[j], STEP),)
         if CASE.SUMS:
-            blocks.write_channels(sums_to + channels, totals, start + channels, tile, STEP)
+            blocks.write_channels(sums_to, totals, tile, start, STEP)
         sums_to += STEP.GROUPS * STEP.CHANNELS
         e_at += STEP.GROUPS * STEP.CHANNELS
-        t_at += t.next_channels
-        s_at += s.next_channels
+        t, s = blocks.next_channels(t), blocks.next_channels(s)
     return sums
 
 
@@ -494,16 +492,13 @@ def student_kernel(
             factor = pixel_factor(saved, grad, tile, places, CASE, GIVEN)
             t, s = blocks.source(maps, 0, tile, STEP), blocks.source(maps, 1, tile, STEP)
             to = blocks.destination(out.student, tile, STEP)
-            t_at, s_at, to_at = t.at, s.at, to.at
             for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
-                x, d = blocks.read_block(t_at, t, tile, start, STEP), ()
-                y = blocks.read_block(s_at, s, tile, start, STEP)
+                x, d = blocks.read_block(t, tile, start, 0, STEP), ()
+                y = blocks.read_block(s, tile, start, 0, STEP)
                 for m in tl.static_range(len(x)):
                     d = d + (factor * (y[m] - x[m]),)
-                blocks.write_block(to_at, to, d, tile, start, STEP)
-                t_at += t.next_channels
-                s_at += s.next_channels
-                to_at += to.next_channels
+                blocks.write_block(to, d, tile, start, 0, STEP)
+                t, s, to = blocks.next_channels(t), blocks.next_channels(s), blocks.next_channels(to)
 
 
 @triton.jit
@@ -544,7 +539,6 @@ def backward_tile(
     tile, total_channels = blocks.tile_of(index, levels, first_channel, STEP), decode(places.total_channels)
     t, s = blocks.source(maps, 0, tile, STEP), blocks.source(maps, len(maps) - 1, tile, STEP)
     to_t, to_s = blocks.destination(out.teacher, tile, STEP), blocks.destination(out.student, tile, STEP)
-    t_at, s_at, to_t_at, to_s_at = t.at, s.at, to_t.at, to_s.at
     slopes_at = out.slopes + (tile.n * tl.num_programs(0) + index) * ((K + 2) * STEP.SPAN)
     channel_offset = integer(places.channel_offsets, tile.level)
     if STEP.EVEN:
@@ -556,11 +550,11 @@ def backward_tile(
         for _ in tl.static_range(OWN):
             sums = sums + (blocks.zeros(1, STEP),)
     for start in range(0, tl.minimum(tile.pixels - tile.first, STEP.SPAN), STEP.COLUMNS * STEP.VECTOR * STEP.PARTS):
-        here, x, y = blocks.further(tile, start), (), ()
+        x, y = (), ()
         if CASE.STUDENT or WANTED.tokens:
-            x = blocks.read_block(t_at, t, here, 0, STEP)
+            x = blocks.read_block(t, tile, 0, start, STEP)
         if CASE.STUDENT:
-            y = blocks.read_block(s_at, s, here, 0, STEP)
+            y = blocks.read_block(s, tile, 0, start, STEP)
         teacher, student = (), ()
         for part in tl.static_range(PARTS):
             slopes, new = (), ()
@@ -568,7 +562,7 @@ def backward_tile(
                 slopes = slopes + (blocks.read_pixels(slopes_at + k * STEP.SPAN, part, STEP),)
             if WANTED.teacher and CASE.SUMS:
                 edge = blocks.read_pixels(slopes_at + (K + 1) * STEP.SPAN, part, STEP).to(tl.int32, bitcast=True)
-                of_edge = read_edges(edges, edge, total_channels, here, STEP)
+                of_edge = read_edges(edges, edge, total_channels, tile, STEP)
             for j in tl.static_range(OWN):
                 gradient = blocks.zeros(STEP.VECTOR, STEP)
                 if WANTED.teacher and CASE.SUMS:
@@ -586,22 +580,19 @@ def backward_tile(
                     new = new + (sums[m] + tl.sum(slopes[m // OWN] * x[part * OWN + m % OWN], 2, keep_dims=True),)
                 sums = new
         if WANTED.student:
-            blocks.write_block(to_s_at, to_s, student, here, 0, STEP)
+            blocks.write_block(to_s, student, tile, 0, start, STEP)
         if WANTED.teacher:
-            blocks.write_block(to_t_at, to_t, teacher, here, 0, STEP)
+            blocks.write_block(to_t, teacher, tile, 0, start, STEP)
         slopes_at += STEP.COLUMNS * STEP.VECTOR * STEP.PARTS
-        t_at += t.next_pixels
-        s_at += s.next_pixels
-        to_t_at += to_t.next_pixels
-        to_s_at += to_s.next_pixels
+        t, s = blocks.next_pixels(t), blocks.next_pixels(s)
+        to_t, to_s = blocks.next_pixels(to_t), blocks.next_pixels(to_s)
     if WANTED.tokens:
         to = out.tokens + common.partial_row(index, tile.n, tile.level, levels) * decode(places.row_size)
-        c = first_channel + blocks.channels_of(STEP)
         for k in tl.static_range(K):
             totals = ()
             for j in tl.static_range(OWN):
                 totals = totals + (blocks.over_pixels(sums[k * OWN + j], STEP),)
-            blocks.write_channels(to + k * tile.channels + c, totals, c, tile, STEP)
+            blocks.write_channels(to + k * tile.channels, totals, tile, 0, STEP)
 
 
 @triton.jit

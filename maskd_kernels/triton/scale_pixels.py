@@ -33,14 +33,12 @@ def forward_kernel(
             tile = blocks.tile_of(tl.program_id(0), levels, 0, STEP)
             factor = blocks.read_pixel(scale, tile)
             x, y = blocks.source(maps, 0, tile, STEP), blocks.destination(out, tile, STEP)
-            x_at, y_at = x.at, y.at
             for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
-                value, scaled = blocks.read_block(x_at, x, tile, start, STEP), ()
+                value, scaled = blocks.read_block(x, tile, start, 0, STEP), ()
                 for m in tl.static_range(len(value)):
                     scaled += (value[m] * factor,)
-                blocks.write_block(y_at, y, scaled, tile, start, STEP)
-                x_at += x.next_channels
-                y_at += y.next_channels
+                blocks.write_block(y, scaled, tile, start, 0, STEP)
+                x, y = blocks.next_channels(x), blocks.next_channels(y)
 
 
 @triton.jit
@@ -60,20 +58,17 @@ def backward_kernel(
             factor, total = blocks.read_pixel(scale, tile), blocks.zeros(STEP.VECTOR, STEP)
             grad, x = blocks.source(maps, 0, tile, STEP), blocks.source(maps, 1, tile, STEP)
             to = blocks.destination(grad_x, tile, STEP)
-            grad_at, x_at, to_at = grad.at, x.at, to.at
             for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
-                g, d_x = blocks.read_block(grad_at, grad, tile, start, STEP), ()
+                g, d_x = blocks.read_block(grad, tile, start, 0, STEP), ()
                 if WANTED.scale:
-                    value = blocks.read_block(x_at, x, tile, start, STEP)
+                    value = blocks.read_block(x, tile, start, 0, STEP)
                 for m in tl.static_range(len(g)):
                     if WANTED.scale:
                         total += g[m] * value[m]
                     d_x += (g[m] * factor,)
                 if WANTED.x:
-                    blocks.write_block(to_at, to, d_x, tile, start, STEP)
-                grad_at += grad.next_channels
-                x_at += x.next_channels
-                to_at += to.next_channels
+                    blocks.write_block(to, d_x, tile, start, 0, STEP)
+                grad, x, to = blocks.next_channels(grad), blocks.next_channels(x), blocks.next_channels(to)
             if WANTED.scale:
                 blocks.write_pixel(grad_scale, total, tile, STEP)
 

@@ -34,20 +34,18 @@ def forward_kernel(
             STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
             CHANNELS: tl.constexpr = STEP.CHANNELS
             tile = blocks.tile_of(tl.program_id(0), levels, 0, STEP)
-            total = blocks.zeros(STEP.VECTOR, STEP)
+            total, factors = blocks.zeros(STEP.VECTOR, STEP), blocks.of_channels(scale, tile)
             target, pred = blocks.source(maps, 0, tile, STEP), blocks.source(maps, 1, tile, STEP)
-            target_at, pred_at, factor_at = target.at, pred.at, blocks.of_channels(scale, tile)
             for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
-                goal = blocks.read_block(target_at, target, tile, start, STEP)
-                value = blocks.read_block(pred_at, pred, tile, start, STEP)
+                goal = blocks.read_block(target, tile, start, 0, STEP)
+                value = blocks.read_block(pred, tile, start, 0, STEP)
                 if HAS_SCALE:
-                    factor = blocks.read_channels(factor_at, 0, CHANNELS, tile, start, STEP)
+                    factor = blocks.read_channels(factors, 0, CHANNELS, tile, start, STEP)
                 for j in tl.static_range(CHANNELS):
                     e = goal[j] - (value[j] * factor[j] if HAS_SCALE else value[j])
                     total += e * e
-                target_at += target.next_channels
-                pred_at += pred.next_channels
-                factor_at += STEP.GROUPS * STEP.CHANNELS
+                target, pred = blocks.next_channels(target), blocks.next_channels(pred)
+                factors += STEP.GROUPS * STEP.CHANNELS
             to = partials + partial_row(tl.program_id(0), tile.n, tile.level, levels)
             tl.store(to, tl.sum(tl.sum(tl.sum(total, 2), 1), 0))
 
@@ -78,14 +76,13 @@ def backward_kernel(
             g = 2 * tl.load(grad + tile.level * tl.num_programs(1) + tile.n)
             target, pred = blocks.source(maps, 0, tile, STEP), blocks.source(maps, 1, tile, STEP)
             to_pred, to_target = blocks.destination(grad_pred, tile, STEP), blocks.destination(grad_target, tile, STEP)
-            target_at, pred_at, to_pred_at, to_target_at = target.at, pred.at, to_pred.at, to_target.at
             if HAS_SCALE:
-                factor = blocks.read_channels(blocks.of_channels(scale, tile), 0, CHANNELS, tile, 0, STEP)
+                factors = blocks.of_channels(scale, tile)
+                factor = blocks.read_channels(factors, 0, CHANNELS, tile, 0, STEP)
             sums, totals = (blocks.zeros(1, STEP),) * CHANNELS, ()
             for start in range(0, tl.minimum(tile.pixels - tile.first, STEP.SPAN), SIZE):
-                here = blocks.further(tile, start)
-                goal = blocks.read_block(target_at, target, here, 0, STEP)
-                value = blocks.read_block(pred_at, pred, here, 0, STEP)
+                goal = blocks.read_block(target, tile, 0, start, STEP)
+                value = blocks.read_block(pred, tile, 0, start, STEP)
                 d_pred, d_target = (), ()
                 for m in tl.static_range(len(value)):
                     e = goal[m] - (value[m] * factor[m % CHANNELS] if HAS_SCALE else value[m])
@@ -94,19 +91,16 @@ def backward_kernel(
                     if WANTED.scale:
                         sums = sums[1:] + (sums[0] + tl.sum(value[m] * e, 2, keep_dims=True),)
                 if WANTED.pred:
-                    blocks.write_block(to_pred_at, to_pred, d_pred, here, 0, STEP)
+                    blocks.write_block(to_pred, d_pred, tile, 0, start, STEP)
                 if WANTED.target:
-                    blocks.write_block(to_target_at, to_target, d_target, here, 0, STEP)
-                target_at += target.next_pixels
-                pred_at += pred.next_pixels
-                to_pred_at += to_pred.next_pixels
-                to_target_at += to_target.next_pixels
+                    blocks.write_block(to_target, d_target, tile, 0, start, STEP)
+                target, pred = blocks.next_pixels(target), blocks.next_pixels(pred)
+                to_pred, to_target = blocks.next_pixels(to_pred), blocks.next_pixels(to_target)
             if WANTED.scale:
                 to = partials + partial_row(tl.program_id(0), tile.n, tile.level, levels) * row_size
-                c = first_channel + blocks.channels_of(STEP)
                 for j in tl.static_range(CHANNELS):
                     totals += (blocks.over_pixels(sums[j], STEP) * -g,)
-                blocks.write_channels(to + c, totals, c, tile, STEP)
+                blocks.write_channels(to, totals, tile, 0, STEP)
 
 
 # ---- Launchers ---------------------------------------------------------------------------------
