@@ -81,7 +81,7 @@ def forward(x: Sequence[Tensor], attention: Sequence[Tensor], mean: Sequence[Ten
         row_size = max(run.levels.channels)
         partials = run.partials(row_size)
         run.launch(forward_kernel, run.of(attention), partials, row_size)
-        reduce_tiles(partials, run.of(mean), run.levels, run.levels.channels, run.images)
+        reduce_tiles(partials, mean[run.part], run.levels, run.levels.channels, run.images)
 
 
 @recalled

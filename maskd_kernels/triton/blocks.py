@@ -373,6 +373,12 @@ def read_channels(at, FIRST: tl.constexpr, COUNT: tl.constexpr, tile, channel, S
 
 
 @triton.jit
+def of_channels(pointers, tile):
+    """Pointers for ``read_channels``, of a tuple of [N, C]."""
+    return pick(pointers, tile.level) + tile.n * tile.channels + tile.channel
+
+
+@triton.jit
 def read_pixels(at, part: tl.constexpr, STEP: tl.constexpr):
     """A part's pixels of what each pixel of whole tiles has four bytes of; ``at`` points to the step's first."""
     at += part * (STEP.COLUMNS * STEP.VECTOR)
@@ -505,9 +511,9 @@ class Run(NamedTuple):
     step: Step
     levels: common.Levels
 
-    def of(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Those of these levels."""
-        return tuple(tensors[self.part])
+    def of(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        """Those of these levels; None where there are none at all."""
+        return tuple(tensors[self.part]) or None
 
     def partials(self, row_size: int) -> Tensor:
         """Memory for one row of partial sums per tile and image."""

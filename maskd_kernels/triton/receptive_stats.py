@@ -39,23 +39,20 @@ BORDER_C = tl.constexpr(128)  # channels of a program that adds up a line
 
 
 class Case(NamedTuple):
-    """What is asked for, as constants of a kernel."""
+    """Constants of a kernel."""
 
     K: int
     K_PAD: int
-    STUDENT: bool  # there is one
-    CUSTOMIZE: bool
-    SUMS: bool  # are wanted, or their gradients are given
-    SUMS_AT: int = 0  # the column of the partial sums where those of channels begin
+    SUMS_AT: int  # the column of the partial sums where those of channels begin
 
 
 class Results(NamedTuple):
     """Of the forward pass."""
 
     masks: Any  # [N, K, total P]; logits, until they are complete
-    teacher_masks: Any  # [N, K, total P]
-    distance: Any  # [N, total P]
-    borders: Any  # [N, LINES, total C]
+    teacher_masks: Any  # [N, K, total P]; None: not customized
+    distance: Any  # [N, total P]; None: no student
+    borders: Any  # [N, LINES, total C]; None: no sums
     partials: Any  # [N * tiles, row_size]: mass, error, gram, and from SUMS_AT on channel sums
 
 
@@ -71,18 +68,20 @@ class Places(NamedTuple):
 
 
 @triton.jit
-def walk(maps, tokens, sums_to, tile, CASE: tl.constexpr, STEP: tl.constexpr):
+def walk(maps, tokens, out, sums_to, tile, CASE: tl.constexpr, STEP: tl.constexpr):
     """Sums over each lane's channels, a tuple of vectors of pixels: distance, logits, the student's logits."""
     CHANNELS: tl.constexpr = STEP.CHANNELS
     K: tl.constexpr = CASE.K
     t, s = blocks.source(maps, 0, tile, STEP), blocks.source(maps, len(maps) - 1, tile, STEP)
-    e_at, sums = pick(tokens, tile.level) + tile.channel, ()
-    for _ in tl.static_range(1 + K + K * CASE.CUSTOMIZE):
+    e_at, sums = 0, ()
+    if K > 0:
+        e_at = pick(tokens, tile.level) + tile.channel
+    for _ in tl.static_range(1 + K if out.teacher_masks is None else 1 + 2 * K):
         sums = sums + (blocks.zeros(STEP.VECTOR, STEP),)
     for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
         x = blocks.read_block(t, tile, start, 0, STEP)
         y = x
-        if CASE.STUDENT:
+        if len(maps) > 1:
             y = blocks.read_block(s, tile, start, 0, STEP)
         totals = ()
         for j in tl.static_range(CHANNELS):
@@ -94,9 +93,9 @@ def walk(maps, tokens, sums_to, tile, CASE: tl.constexpr, STEP: tl.constexpr):
             for m in tl.static_range(1, len(sums)):
                 new = new + (sums[m] + own[(m - 1) % K * STEP.TOKENS + j % STEP.TOKENS] * (y if m > K else x)[j],)
             sums = new
-            if CASE.SUMS:
+            if out.borders is not None:
                 totals = totals + (blocks.over_pixels(x[j], STEP),)
-        if CASE.SUMS:
+        if out.borders is not None:
             blocks.write_channels(sums_to, totals, tile, start, STEP)
         sums_to += STEP.GROUPS * STEP.CHANNELS
         e_at += STEP.GROUPS * STEP.CHANNELS
@@ -105,7 +104,7 @@ def walk(maps, tokens, sums_to, tile, CASE: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def walk_by_dot(maps, tokens, sums_to, tile, CASE: tl.constexpr, STEP: tl.constexpr):
+def walk_by_dot(maps, tokens, out, sums_to, tile, CASE: tl.constexpr, STEP: tl.constexpr):
     """The same for many tokens: [PIXELS] distance, [K_PAD, PIXELS] logits, the student's likewise."""
     k, p = tl.arange(0, CASE.K_PAD), tl.arange(0, STEP.SPAN)
     t_at, t_step = dot_plane(maps, 0, tile, STEP)
@@ -121,12 +120,12 @@ def walk_by_dot(maps, tokens, sums_to, tile, CASE: tl.constexpr, STEP: tl.conste
         e_at = k[:, None] * tile.channels + c[None, :]
         e = read(e_first + e_at, (k < CASE.K)[:, None] & (c < tile.channels)[None, :])
         logits = tl.dot(e, x, logits, input_precision=PRECISION)
-        if CASE.STUDENT:
+        if len(maps) > 1:
             y = read(s_at, valid)
             d += (y - x) * (y - x)
-            if CASE.CUSTOMIZE:
+            if out.teacher_masks is not None:
                 student_logits = tl.dot(e, y, student_logits, input_precision=PRECISION)
-        if CASE.SUMS:
+        if out.borders is not None:
             tl.store(sums_to + c, tl.sum(x, 1), mask=c < tile.channels)
         t_at += t_step
         s_at += s_step
@@ -163,18 +162,18 @@ def statistics(out, customize, tile, column, partial, total_pixels, CASE: tl.con
     real = (k < K) & inside[None, :, :]
     at = (tile.n * K + k) * total_pixels + (column + p)[None, :, :]
     m = tl.load(out.masks + at, mask=real, other=0.0)
-    if CASE.CUSTOMIZE:
+    if out.teacher_masks is not None:
         teacher = tl.load(out.teacher_masks + at, mask=real, other=0.0)
     tl.debug_barrier()
     m = tl.where(real, tl.sigmoid(m), 0.0)  # [K_PAD, PIXELS / 32, 32]
-    if CASE.CUSTOMIZE:
+    if out.teacher_masks is not None:
         teacher = tl.where(real, tl.sigmoid(teacher), 0.0)
         tl.store(out.teacher_masks + at, teacher, mask=real)
         m = tl.where(tl.load(customize) != 0, teacher * m, teacher)
     tl.store(out.masks + at, m, mask=real)
     k = tl.arange(0, K_PAD)
     tl.store(partial + k, tl.sum(tl.sum(m, 1), 1), mask=k < K)
-    if CASE.STUDENT:
+    if out.distance is not None:
         d = tl.load(out.distance + tile.n * total_pixels + (column + p), mask=inside, other=0.0)
         tl.store(partial + K + k, tl.sum(tl.sum(m * m * d[None, :, :], 1), 1), mask=k < K)
     partial += 2 * K
@@ -224,7 +223,7 @@ def forward_kernel(
     levels,
     tokens,  # tuple: [K, C]
     out,  # Results
-    customize,  # [] bool
+    customize,  # [] bool; None: never
     places,  # Places
     CASE: tl.constexpr,
     STEPS: tl.constexpr,
@@ -236,7 +235,7 @@ def forward_kernel(
             if is_wide(index, levels, STEPS.WIDE.SPAN) != narrow:
                 STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
                 forward_tile(index, maps, levels, tokens, out, customize, places, CASE, STEP)
-    elif CASE.SUMS:
+    elif out.borders is not None:
         border(maps, levels, out.borders, places, index - tiles, STEPS.WIDE.LAYOUTS[0])
 
 
@@ -246,28 +245,29 @@ def forward_tile(index, maps, levels, tokens, out, customize, places, CASE: tl.c
     tile = blocks.tile_of(index, levels, 0, STEP)
     column, total_pixels = integer(places.pixel_offsets, tile.level) + tile.first, decode(places.total_pixels)
     partial = out.partials + common.partial_row(index, tile.n, tile.level, levels) * decode(places.row_size)
-    d_at = out.distance + tile.n * total_pixels + column
+    if out.distance is not None:
+        d_at = out.distance + tile.n * total_pixels + column
     if STEP.GROUPS > 0:
-        sums = walk(maps, tokens, partial + CASE.SUMS_AT, tile, CASE, STEP)
+        sums = walk(maps, tokens, out, partial + CASE.SUMS_AT, tile, CASE, STEP)
         pixel = blocks.pixels_of(STEP.VECTOR, STEP)
         exists = tile.first + pixel < tile.pixels
-        for m in tl.static_range(K + K * CASE.CUSTOMIZE):
-            masks = out.teacher_masks if CASE.CUSTOMIZE and m < K else out.masks
+        for m in tl.static_range(len(sums) - 1):
+            masks = out.masks if m + K >= len(sums) - 1 else out.teacher_masks
             to = masks + (tile.n * K + m % K) * total_pixels + column
             tl.store(to + pixel, blocks.over_groups(sums[1 + m], STEP), mask=exists)
-        if CASE.STUDENT:
+        if out.distance is not None:
             tl.store(d_at + pixel, blocks.over_groups(sums[0], STEP), mask=exists)
     else:
-        d, logits, student_logits = walk_by_dot(maps, tokens, partial + CASE.SUMS_AT, tile, CASE, STEP)
+        d, logits, student_logits = walk_by_dot(maps, tokens, out, partial + CASE.SUMS_AT, tile, CASE, STEP)
         k, p = tl.arange(0, CASE.K_PAD), tl.arange(0, STEP.SPAN)
         inside = tile.first + p < tile.pixels
         to = (tile.n * K + k[:, None]) * total_pixels + (column + p)[None, :]
         real = (k < K)[:, None] & inside[None, :]
-        if CASE.CUSTOMIZE:
+        if out.teacher_masks is not None:
             tl.store(out.teacher_masks + to, logits, mask=real)
             logits = student_logits
         tl.store(out.masks + to, logits, mask=real)
-        if CASE.STUDENT:
+        if out.distance is not None:
             tl.store(d_at + p, d, mask=inside)
     if K > 0:
         statistics(out, customize, tile, column, partial, total_pixels, CASE, STEP)
@@ -277,7 +277,7 @@ class Reduced(NamedTuple):
     """Sums over all tiles of an image."""
 
     mass: Any  # [levels, N, K]
-    error: Any  # [levels, N, K]
+    error: Any  # [levels, N, K]; None: no student
     gram: Any  # [levels, N, K, K]
     sums: Any  # [N, 9, total C]
 
@@ -285,7 +285,7 @@ class Reduced(NamedTuple):
 @triton.jit
 def reduce_stats_kernel(
     partials,  # [N * tiles, row_size] of forward_kernel
-    borders,  # [N, LINES, total C]
+    borders,  # [N, LINES, total C]; None: no sums
     out,  # Reduced
     levels,
     places,
@@ -301,7 +301,7 @@ def reduce_stats_kernel(
     row = (tl.num_programs(1) * integer(levels.first_tile, level) + n * tiles).to(tl.int64)
     statistic = tl.program_id(0) * BLOCK < CASE.SUMS_AT
     written = i < tl.where(statistic, 2 * K + K * K, CASE.SUMS_AT + channels)  # the rest is padding
-    if not CASE.STUDENT:
+    if out.error is None:
         written = written & ((i < K) | (i >= 2 * K))  # no error
     partial = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, tiles, ROWS):
@@ -313,10 +313,10 @@ def reduce_stats_kernel(
     if statistic:
         if K > 0:
             tl.store(out.mass + at * K + i, total, mask=i < K)
-            if CASE.STUDENT:
+            if out.error is not None:
                 tl.store(out.error + at * K + (i - K), total, mask=(i >= K) & (i < 2 * K))
             tl.store(out.gram + at * (K * K) + (i - 2 * K), total, mask=(i >= 2 * K) & (i < 2 * K + K * K))
-    else:
+    elif borders is not None:
         total_channels = decode(places.total_channels)
         c = integer(places.channel_offsets, level) + i - CASE.SUMS_AT
         lines = borders + n * LINES * total_channels + c
@@ -336,7 +336,7 @@ def reduce_stats_kernel(
 
 
 class Upstream(NamedTuple):
-    """Gradients of the results."""
+    """Gradients of the results, or None."""
 
     masks: Any  # [N, K, total P]
     distance: Any  # [N, total P]
@@ -347,29 +347,12 @@ class Upstream(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What the backward pass writes; maps are dense, laid out like the student where there is one."""
+    """What the backward pass writes, or None; maps are dense, laid out like the student where there is one."""
 
     teacher: Any  # tuple: [N, C, P]
     student: Any  # tuple: [N, C, P]
     slopes: Any  # [N, tiles, K + 2, SPAN]: of logits, of the difference of the two maps, and which edges pixels are on
     tokens: Any  # [N * tiles, row_size], [K, C] in each row
-
-
-class Given(NamedTuple):
-    """Which gradients of the results there are."""
-
-    masks: bool
-    distance: bool
-    mass: bool
-    error: bool
-    gram: bool
-    sums: bool
-
-
-class Wanted(NamedTuple):
-    teacher: bool
-    tokens: bool
-    student: bool
 
 
 @triton.jit(do_not_specialize=["total_channels"])
@@ -395,7 +378,6 @@ def slopes_kernel(
     out,  # Gradients
     places,  # Places
     CASE: tl.constexpr,
-    GIVEN: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -413,21 +395,21 @@ def slopes_kernel(
     tile = n * (tl.num_programs(0) // (SPAN // BLOCK)) + index
     to = out.slopes + tile * ((K + 2) * SPAN) + tl.program_id(0) % (SPAN // BLOCK) * BLOCK + p
     difference = tl.full([BLOCK], 0.0, tl.float32)
-    if GIVEN.distance:
+    if grad.distance is not None:
         difference += read(grad.distance + n * total_pixels + column, inside)
     if K > 0:
         real = (k < K)[:, None] & inside[None, :]
         at = (n * K + k[:, None]) * total_pixels + column[None, :]
         m = read(saved.masks + at, real)  # [K_PAD, PIXELS]
         inner = tl.full([K_PAD, BLOCK], 0.0, tl.float32)
-        if GIVEN.mass:
+        if grad.mass is not None:
             inner += read(grad.mass + at_level * K + k, k < K)[:, None]
-        if GIVEN.error:
+        if grad.error is not None:
             d = read(saved.distance + n * total_pixels + column, inside)
             error = read(grad.error + at_level * K + k, k < K)[:, None] * m
             inner += 2 * error * d[None, :]
             difference += tl.sum(error * m, 0)
-        if GIVEN.gram:
+        if grad.gram is not None:
             gram = grad.gram + at_level * K * K
             if K_PAD < 16:
                 for j in tl.static_range(K):
@@ -438,14 +420,14 @@ def slopes_kernel(
                 both = (k < K)[:, None] & (k < K)[None, :]
                 g = read(gram + k[:, None] * K + k[None, :], both) + read(gram + k[None, :] * K + k[:, None], both)
                 inner = tl.dot(g, m, inner, input_precision=PRECISION)
-        if GIVEN.masks:
+        if grad.masks is not None:
             inner += read(grad.masks + at, real)
         factor = m
-        if CASE.CUSTOMIZE:
+        if saved.teacher_masks is not None:
             factor = read(saved.teacher_masks + at, real)
         tl.store(to[None, :] + k[:, None] * SPAN, inner * m * (1 - factor), mask=(k < K)[:, None])
     tl.store(to + K * SPAN, 2 * difference)
-    if GIVEN.sums:
+    if grad.edges is not None:
         p, image_width = first + p, integer(places.widths, level)
         x, image = p % tl.maximum(image_width, 1), common.condition(image_width > 0)
         rows = (p < image_width).to(tl.int32) + 2 * (image & (p >= pixels - image_width)).to(tl.int32)
@@ -454,15 +436,15 @@ def slopes_kernel(
 
 
 @triton.jit
-def pixel_factor(saved, grad, tile, places, CASE: tl.constexpr, GIVEN: tl.constexpr):
+def pixel_factor(saved, grad, tile, places, CASE: tl.constexpr):
     """What the difference of the two maps is multiplied by, of each lane's pixels."""
     K: tl.constexpr = CASE.K
     total_pixels = decode(places.total_pixels)
     exists, factor = tile.first + tile.pixel < tile.pixels, tl.full(tile.pixel.shape, 0.0, tl.float32)
     at = tile.n * total_pixels + integer(places.pixel_offsets, tile.level) + tile.first + tile.pixel
-    if GIVEN.distance:
+    if grad.distance is not None:
         factor += read(grad.distance + at, exists)
-    if GIVEN.error:
+    if grad.error is not None:
         g = grad.error + (tile.level * tl.num_programs(1) + tile.n) * K
         for k in tl.static_range(K):
             m = read(saved.masks + at + (tile.n * (K - 1) + k) * total_pixels, exists)
@@ -479,7 +461,6 @@ def student_kernel(
     out,  # Gradients
     places,  # Places
     CASE: tl.constexpr,
-    GIVEN: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """The student's gradient alone: channel by channel."""
@@ -489,7 +470,7 @@ def student_kernel(
         if is_wide(index, levels, STEPS.WIDE.SPAN) != narrow:
             STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
             tile = blocks.tile_of(index, levels, 0, STEP)
-            factor = pixel_factor(saved, grad, tile, places, CASE, GIVEN)
+            factor = pixel_factor(saved, grad, tile, places, CASE)
             t, s = blocks.source(maps, 0, tile, STEP), blocks.source(maps, 1, tile, STEP)
             to = blocks.destination(out.student, tile, STEP)
             for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
@@ -510,7 +491,6 @@ def backward_kernel(
     out,  # Gradients
     places,  # Places
     CASE: tl.constexpr,
-    WANTED: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """Gradients of the maps and the tokens."""
@@ -522,15 +502,13 @@ def backward_kernel(
         if some & (is_wide(index, levels, STEPS.WIDE.SPAN) != narrow):
             STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
             if STEP.GROUPS > 0:
-                backward_tile(index, maps, levels, tokens, grad, out, places, CASE, WANTED, STEP)
+                backward_tile(index, maps, levels, tokens, grad, out, places, CASE, STEP)
             else:
-                backward_by_dot(index, maps, levels, tokens, grad, out, places, CASE, WANTED, STEP)
+                backward_by_dot(index, maps, levels, tokens, grad, out, places, CASE, STEP)
 
 
 @triton.jit
-def backward_tile(
-    index, maps, levels, tokens, grad, out, places, CASE: tl.constexpr, WANTED: tl.constexpr, STEP: tl.constexpr
-):
+def backward_tile(index, maps, levels, tokens, grad, out, places, CASE: tl.constexpr, STEP: tl.constexpr):
     """For few tokens, pixel by pixel."""
     K: tl.constexpr = CASE.K
     OWN: tl.constexpr = STEP.CHANNELS
@@ -538,55 +516,61 @@ def backward_tile(
     first_channel = tl.program_id(2) * (STEP.GROUPS * OWN)
     tile, total_channels = blocks.tile_of(index, levels, first_channel, STEP), decode(places.total_channels)
     t, s = blocks.source(maps, 0, tile, STEP), blocks.source(maps, len(maps) - 1, tile, STEP)
-    to_t, to_s = blocks.destination(out.teacher, tile, STEP), blocks.destination(out.student, tile, STEP)
+    if out.teacher is not None:
+        to_t = blocks.destination(out.teacher, tile, STEP)
+    if out.student is not None:
+        to_s = blocks.destination(out.student, tile, STEP)
     slopes_at = out.slopes + (tile.n * tl.num_programs(0) + index) * ((K + 2) * STEP.SPAN)
     channel_offset = integer(places.channel_offsets, tile.level)
     if STEP.EVEN:
         total_channels, channel_offset = aligned(total_channels, OWN), aligned(channel_offset, OWN)
-    edges = grad.edges + tile.n * EDGES * total_channels + channel_offset
-    e_at, own, sums = pick(tokens, tile.level) + tile.channel, (), ()
+    if grad.edges is not None:
+        edges = grad.edges + tile.n * EDGES * total_channels + channel_offset
+    own, sums = (), ()
     for k in tl.static_range(K):
+        e_at = pick(tokens, tile.level) + tile.channel
         own = own + blocks.read_channels(e_at + k * tile.channels, 0, OWN, tile, 0, STEP)
         for _ in tl.static_range(OWN):
             sums = sums + (blocks.zeros(1, STEP),)
     for start in range(0, tl.minimum(tile.pixels - tile.first, STEP.SPAN), STEP.COLUMNS * STEP.VECTOR * STEP.PARTS):
         x, y = (), ()
-        if CASE.STUDENT or WANTED.tokens:
+        if len(maps) > 1 or out.tokens is not None:
             x = blocks.read_block(t, tile, 0, start, STEP)
-        if CASE.STUDENT:
+        if len(maps) > 1:
             y = blocks.read_block(s, tile, 0, start, STEP)
         teacher, student = (), ()
         for part in tl.static_range(PARTS):
             slopes, new = (), ()
-            for k in tl.static_range(K + CASE.STUDENT):
+            for k in tl.static_range(K + len(maps) - 1):
                 slopes = slopes + (blocks.read_pixels(slopes_at + k * STEP.SPAN, part, STEP),)
-            if WANTED.teacher and CASE.SUMS:
+            if grad.edges is not None:
                 edge = blocks.read_pixels(slopes_at + (K + 1) * STEP.SPAN, part, STEP).to(tl.int32, bitcast=True)
                 of_edge = read_edges(edges, edge, total_channels, tile, STEP)
             for j in tl.static_range(OWN):
                 gradient = blocks.zeros(STEP.VECTOR, STEP)
-                if WANTED.teacher and CASE.SUMS:
+                if grad.edges is not None:
                     gradient = of_edge[j]
-                if CASE.STUDENT:
+                if len(maps) > 1:
                     d = slopes[K] * (y[part * OWN + j] - x[part * OWN + j])
                     gradient -= d
                     student = student + (d,)
-                if WANTED.teacher:
+                if out.teacher is not None:
                     for k in tl.static_range(K):
                         gradient += own[k * OWN + j] * slopes[k]
                     teacher = teacher + (gradient,)
-            if WANTED.tokens:
+            if out.tokens is not None:
                 for m in tl.static_range(len(sums)):
                     new = new + (sums[m] + tl.sum(slopes[m // OWN] * x[part * OWN + m % OWN], 2, keep_dims=True),)
                 sums = new
-        if WANTED.student:
+        if out.student is not None:
             blocks.write_block(to_s, student, tile, 0, start, STEP)
-        if WANTED.teacher:
+            to_s = blocks.next_pixels(to_s)
+        if out.teacher is not None:
             blocks.write_block(to_t, teacher, tile, 0, start, STEP)
+            to_t = blocks.next_pixels(to_t)
         slopes_at += STEP.COLUMNS * STEP.VECTOR * STEP.PARTS
         t, s = blocks.next_pixels(t), blocks.next_pixels(s)
-        to_t, to_s = blocks.next_pixels(to_t), blocks.next_pixels(to_s)
-    if WANTED.tokens:
+    if out.tokens is not None:
         to = out.tokens + common.partial_row(index, tile.n, tile.level, levels) * decode(places.row_size)
         for k in tl.static_range(K):
             totals = ()
@@ -610,9 +594,7 @@ def read_edges(edges, edge, total_channels, tile, STEP: tl.constexpr):
 
 
 @triton.jit
-def backward_by_dot(
-    index, maps, levels, tokens, grad, out, places, CASE: tl.constexpr, WANTED: tl.constexpr, STEP: tl.constexpr
-):
+def backward_by_dot(index, maps, levels, tokens, grad, out, places, CASE: tl.constexpr, STEP: tl.constexpr):
     """For many tokens, channel by channel."""
     K: tl.constexpr = CASE.K
     tile = blocks.tile_of(index, levels, 0, STEP)
@@ -620,15 +602,14 @@ def backward_by_dot(
     t_at, t_step = dot_plane(maps, 0, tile, STEP)
     s_at, s_step = dot_plane(maps, len(maps) - 1, tile, STEP)
     e_first, total_channels = pick(tokens, tile.level), decode(places.total_channels)
-    tokens_to = out.tokens + common.partial_row(index, tile.n, tile.level, levels) * decode(places.row_size)
+    row = common.partial_row(index, tile.n, tile.level, levels) * decode(places.row_size)
     image = tile.n * (tile.pixels.to(tl.int64) * tile.channels)
-    to_t, to_s = pick(out.teacher, tile.level) + image, pick(out.student, tile.level) + image
     stride = tile.channels if STEP.INTERLEAVED else tile.pixels
     slope_at = out.slopes + (tile.n * tl.num_programs(0) + index) * ((K + 2) * STEP.SPAN) + p
     slopes = read(slope_at[None, :] + k[:, None] * STEP.SPAN, (k < K)[:, None])
-    if CASE.STUDENT:
+    if len(maps) > 1:
         factor = tl.load(slope_at + K * STEP.SPAN)
-    if WANTED.teacher and CASE.SUMS:
+    if grad.edges is not None:
         edge = tl.load(slope_at + (K + 1) * STEP.SPAN).to(tl.int32, bitcast=True)
         edge_at = grad.edges + tile.n * EDGES * total_channels + integer(places.channel_offsets, tile.level)
         edge_at += edge[None, :] * total_channels
@@ -638,20 +619,22 @@ def backward_by_dot(
         to = common.feature_offsets(0, c, tile.first + p, 0, stride, STEP.INTERLEAVED)
         x = read(t_at, valid)  # [CHANNELS, PIXELS]
         gradient = tl.full([STEP.CHANNELS, STEP.SPAN], 0.0, tl.float32)
-        if CASE.STUDENT:
+        if len(maps) > 1:
             d = factor[None, :] * (read(s_at, valid) - x)
             gradient -= d
-            if WANTED.student:
+            if out.student is not None:
+                to_s = pick(out.student, tile.level) + image
                 tl.store(to_s + to, d.to(to_s.dtype.element_ty), mask=valid)
-        if WANTED.tokens:
+        if out.tokens is not None:
             d_tokens = tl.dot(slopes, tl.trans(x), input_precision=PRECISION)  # [K_PAD, CHANNELS]
             at = k[:, None] * tile.channels + c[None, :]
-            tl.store(tokens_to + at, d_tokens, mask=(k < K)[:, None] & (c < tile.channels)[None, :])
-        if WANTED.teacher:
+            tl.store(out.tokens + row + at, d_tokens, mask=(k < K)[:, None] & (c < tile.channels)[None, :])
+        if out.teacher is not None:
             e = read(e_first + k[None, :] * tile.channels + c[:, None], (k < K)[None, :] & (c < tile.channels)[:, None])
             gradient = tl.dot(e, slopes, gradient, input_precision=PRECISION)
-            if CASE.SUMS:
+            if grad.edges is not None:
                 gradient += read(edge_at + c[:, None], valid)
+            to_t = pick(out.teacher, tile.level) + image
             tl.store(to_t + to, gradient.to(to_t.dtype.element_ty), mask=valid)
         t_at += t_step
         s_at += s_step
@@ -690,8 +673,10 @@ def pad_tokens(num_tokens: int) -> int:
     return max(16, int(triton.next_power_of_2(num_tokens)))
 
 
-def _case(tokens: int, student: Sequence[Tensor], customized: bool, sums: bool, sums_at: int = 0) -> Case:
-    return Case(tokens, 8 if tokens <= 8 else pad_tokens(tokens), len(student) > 0, customized, sums, sums_at)
+def _case(tokens: int) -> Case:
+    # The sums start on a whole block of the second kernel.
+    sums_at = triton.cdiv(2 * tokens + tokens * tokens, 64) * 64
+    return Case(tokens, 8 if tokens <= 8 else pad_tokens(tokens), sums_at)
 
 
 def _places(teacher: Sequence[Tensor], run: slice, total_pixels: int, row_size: int) -> Places:
@@ -713,22 +698,26 @@ def forward(
     out: ReceptiveStats,
 ) -> None:
     n, k, wants_sums = teacher[0].shape[0], tokens[0].shape[0] if tokens else 0, out.sums.numel() > 0
-    customized = customize is not None and k > 0 and len(student) > 0
-    logits = k * (1 + customized)  # of a pixel
-    # The sums start on a whole block of the second kernel.
-    case = _case(k, student, customized, wants_sums, triton.cdiv(2 * k + k * k, 64) * 64)
-    for run in blocks.runs_of(teacher, *[student] * case.STUDENT, step=functools.partial(forward_step, logits=logits)):
+    customized = customize is not None and k > 0
+    case, logits = _case(k), k * (1 + customized)  # of a pixel
+    for run in blocks.runs_of(*filter(None, (teacher, student)), step=functools.partial(forward_step, logits=logits)):
         levels, channels, walked = run.levels, max(run.levels.channels), run.step.GROUPS > 0
         row_size = case.SUMS_AT + (channels if wants_sums else 0)
         partials = run.partials(row_size)
-        borders = empty(partials, n, LINES.value, sum(x.shape[1] for x in teacher) if wants_sums else 0)
+        borders = empty(partials, n, LINES.value, sum(x.shape[1] for x in teacher)) if wants_sums else None
         places = _places(teacher, run.part, out.masks.shape[2], row_size)
         lines = LINES.value * len(levels.tiles) * triton.cdiv(channels, BORDER_C.value) if wants_sums else 0
         run.launch(
             forward_kernel,
             _embeddings(tokens, run),
-            Results(out.masks, out.teacher_masks, out.distance, borders, partials),
-            out.mass if customize is None else customize,
+            Results(
+                out.masks,
+                out.teacher_masks if customized else None,
+                out.distance if student else None,
+                borders,
+                partials,
+            ),
+            customize,
             places,
             CASE=case,
             grid=(sum(levels.tiles) + lines, n),
@@ -744,7 +733,7 @@ def forward(
                 borders,
                 Reduced(
                     of_run(out.mass, run.part),
-                    of_run(out.error, run.part) if student else out.mass,
+                    of_run(out.error, run.part) if student else None,
                     of_run(out.gram, run.part),
                     out.sums,
                 ),
@@ -757,9 +746,9 @@ def forward(
             )
 
 
-def _embeddings(tokens: Sequence[Tensor], run: blocks.Run) -> tuple[Tensor, ...]:
-    """A run's tokens as kernels take them; where there are none, something to be passed."""
-    return tuple(e.contiguous() for e in tokens[run.part]) or common.pointers([level[0] for level in run.features])
+def _embeddings(tokens: Sequence[Tensor], run: blocks.Run) -> tuple[Tensor, ...] | None:
+    """A run's tokens as kernels take them."""
+    return run.of([e.contiguous() for e in tokens])
 
 
 @recalled
@@ -773,54 +762,33 @@ def backward(
 ) -> None:
     grad_masks, _, grad_distance, grad_mass, grad_error, grad_gram, grad_sums = grad
     grad_teacher, grad_tokens, grad_student = results
-    n, nothing, channels = teacher[0].shape[0], saved.masks, [x.shape[1] for x in teacher]
-    k, total_channels = tokens[0].shape[0] if tokens else 0, sum(channels)
-    wanted = Wanted(bool(grad_teacher), bool(grad_tokens), bool(grad_student))
-    only_student = not (wanted.teacher or wanted.tokens)
-    has = Given(
-        masks=grad_masks is not None,
-        distance=grad_distance is not None,
-        mass=grad_mass is not None,
-        error=grad_error is not None and len(student) > 0,
-        gram=grad_gram is not None,
-        sums=grad_sums is not None and wanted.teacher,
-    )
-    edges = nothing
-    if grad_sums is not None and has.sums and n:
-        edges = empty(grad_sums, n, EDGES.value, total_channels)
-        grid = triton.cdiv(total_channels, BORDER_C.value), n
-        launch(edges_kernel, grid, grad_sums, edges, total_channels, BLOCK=BORDER_C.value)
+    n, k, channels = teacher[0].shape[0], tokens[0].shape[0] if tokens else 0, [x.shape[1] for x in teacher]
+    case, only_student, edges = _case(k), not grad_teacher and not grad_tokens, None
+    if grad_sums is not None and grad_teacher and n:
+        edges = empty(grad_sums, n, EDGES.value, sum(channels))
+        grid = triton.cdiv(sum(channels), BORDER_C.value), n
+        launch(edges_kernel, grid, grad_sums, edges, sum(channels), BLOCK=BORDER_C.value)
 
-    def given(x: Tensor | None, run: slice) -> Tensor:
-        return nothing if x is None else of_run(x, run)
+    def given(x: Tensor | None, part: slice) -> Tensor | None:
+        return None if x is None else of_run(x, part)
 
-    case = _case(k, student, saved.teacher_masks.numel() > 0, has.sums)
-    of_forward = Results(saved.masks, saved.teacher_masks, saved.distance, nothing, nothing)
-    if only_student:
-        step: Callable[[common.Maps], Step] = blocks.channel_step
-    else:
+    teacher_masks = saved.teacher_masks if saved.teacher_masks.numel() > 0 else None
+    of_forward = Results(saved.masks, teacher_masks, saved.distance if student else None, None, None)
+    step: Callable[[common.Maps], Step] = blocks.channel_step
+    if not only_student:
         step = functools.partial(backward_step, logits=k, channels=channels)
-    for run in blocks.runs_of(teacher, *[student] * case.STUDENT, step=step):
+    for run in blocks.runs_of(*filter(None, (teacher, student)), step=step):
         part, levels, span, tiles = run.part, run.levels, run.step.SPAN, sum(run.levels.tiles)
-        row_size = k * max(levels.channels) if grad_tokens else 0
-        partials, own = run.partials(row_size), common.pointers([level[0] for level in run.features])
+        row_size = k * max(levels.channels)
+        partials = run.partials(row_size) if grad_tokens else None
+        slopes = None if only_student else empty(saved.masks, n, tiles, k + 2, span)
         places = _places(teacher, part, saved.masks.shape[2], row_size)
-        upstream = Upstream(
-            nothing if grad_masks is None else grad_masks,
-            nothing if grad_distance is None else grad_distance,
-            given(grad_mass, part),
-            given(grad_error, part),
-            given(grad_gram, part),
-            edges,
-        )
-        out = Gradients(
-            run.of(grad_teacher) or own,
-            run.of(grad_student) or own,
-            nothing if only_student else empty(nothing, n, tiles, k + 2, span),
-            partials,
-        )
+        error = given(grad_error, part) if student else None
+        of_images = given(grad_mass, part), error, given(grad_gram, part)
+        upstream = Upstream(grad_masks, grad_distance, *of_images, edges)
+        out = Gradients(run.of(grad_teacher), run.of(grad_student), slopes, partials)
         if only_student:
-            run.launch(student_kernel, of_forward, upstream, out, places, CASE=case, GIVEN=has, channels=2)
+            run.launch(student_kernel, of_forward, upstream, out, places, CASE=case, channels=2)
         elif n and tiles:
             block = min(span, SLOPES_P)
             launch(
@@ -832,7 +800,6 @@ def backward(
                 out,
                 places,
                 CASE=case,
-                GIVEN=has,
                 SPAN=span,
                 BLOCK=block,
                 num_warps=4,
@@ -844,11 +811,9 @@ def backward(
                 out,
                 places,
                 CASE=case,
-                WANTED=wanted,
                 grid=run.grid(channels=run.step.GROUPS > 0),
                 maxnreg=None,
             )
-        if grad_tokens:
-            common.reduce_tiles(
-                partials, grad_tokens[part], levels, [k * c for c in levels.channels], n, per_image=False
-            )
+        if partials is not None:
+            widths = [k * c for c in levels.channels]
+            common.reduce_tiles(partials, grad_tokens[part], levels, widths, n, per_image=False)

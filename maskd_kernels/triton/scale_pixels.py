@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -12,11 +11,6 @@ from torch import Tensor
 from maskd_kernels.triton import blocks
 from maskd_kernels.triton.common import is_wide
 from maskd_kernels.triton.launch import recalled
-
-
-class Wanted(NamedTuple):
-    x: bool
-    scale: bool
 
 
 @triton.jit
@@ -46,9 +40,8 @@ def backward_kernel(
     maps,  # grad_y, x
     levels,
     scale,  # tuple: [N, P]
-    grad_x,  # tuple: [N, C, P], laid out like x
-    grad_scale,  # tuple: [N, P]
-    WANTED: tl.constexpr,
+    grad_x,  # tuple: [N, C, P], laid out like x; None: not wanted
+    grad_scale,  # tuple: [N, P]; None: not wanted
     STEPS: tl.constexpr,
 ):
     for narrow in tl.static_range(2):
@@ -57,19 +50,21 @@ def backward_kernel(
             tile = blocks.tile_of(tl.program_id(0), levels, 0, STEP)
             factor, total = blocks.read_pixel(scale, tile), blocks.zeros(STEP.VECTOR, STEP)
             grad, x = blocks.source(maps, 0, tile, STEP), blocks.source(maps, 1, tile, STEP)
-            to = blocks.destination(grad_x, tile, STEP)
+            if grad_x is not None:
+                to = blocks.destination(grad_x, tile, STEP)
             for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
                 g, d_x = blocks.read_block(grad, tile, start, 0, STEP), ()
-                if WANTED.scale:
+                if grad_scale is not None:
                     value = blocks.read_block(x, tile, start, 0, STEP)
                 for m in tl.static_range(len(g)):
-                    if WANTED.scale:
+                    if grad_scale is not None:
                         total += g[m] * value[m]
                     d_x += (g[m] * factor,)
-                if WANTED.x:
+                if grad_x is not None:
                     blocks.write_block(to, d_x, tile, start, 0, STEP)
-                grad, x, to = blocks.next_channels(grad), blocks.next_channels(x), blocks.next_channels(to)
-            if WANTED.scale:
+                    to = blocks.next_channels(to)
+                grad, x = blocks.next_channels(grad), blocks.next_channels(x)
+            if grad_scale is not None:
                 blocks.write_pixel(grad_scale, total, tile, STEP)
 
 
@@ -90,7 +85,5 @@ def backward(
     grad_x: Sequence[Tensor],  # none: not wanted
     grad_scale: Sequence[Tensor],  # likewise
 ) -> None:
-    wanted = Wanted(bool(grad_x), bool(grad_scale))
     for run in blocks.runs_of(grad, x):
-        results = run.of(grad_x or x), run.of(grad_scale or scale)
-        run.launch(backward_kernel, run.of(scale), *results, WANTED=wanted)
+        run.launch(backward_kernel, run.of(scale), run.of(grad_x), run.of(grad_scale))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -14,19 +13,12 @@ from maskd_kernels.triton.common import integer, is_wide, level_of, of_run, part
 from maskd_kernels.triton.launch import recalled, unbind
 
 
-class Wanted(NamedTuple):
-    pred: bool
-    target: bool
-    scale: bool
-
-
 @triton.jit
 def forward_kernel(
     maps,  # target, pred
     levels,
-    scale,  # tuple: [N, C]
+    scale,  # tuple: [N, C]; None: 1
     partials,  # [N * tiles, 1]
-    HAS_SCALE: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     for narrow in tl.static_range(2):
@@ -34,18 +26,20 @@ def forward_kernel(
             STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
             CHANNELS: tl.constexpr = STEP.CHANNELS
             tile = blocks.tile_of(tl.program_id(0), levels, 0, STEP)
-            total, factors = blocks.zeros(STEP.VECTOR, STEP), blocks.of_channels(scale, tile)
+            total = blocks.zeros(STEP.VECTOR, STEP)
+            if scale is not None:
+                factors = blocks.of_channels(scale, tile)
             target, pred = blocks.source(maps, 0, tile, STEP), blocks.source(maps, 1, tile, STEP)
             for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
                 goal = blocks.read_block(target, tile, start, 0, STEP)
                 value = blocks.read_block(pred, tile, start, 0, STEP)
-                if HAS_SCALE:
+                if scale is not None:
                     factor = blocks.read_channels(factors, 0, CHANNELS, tile, start, STEP)
+                    factors += STEP.GROUPS * STEP.CHANNELS
                 for j in tl.static_range(CHANNELS):
-                    e = goal[j] - (value[j] * factor[j] if HAS_SCALE else value[j])
+                    e = goal[j] - (value[j] if scale is None else value[j] * factor[j])
                     total += e * e
                 target, pred = blocks.next_channels(target), blocks.next_channels(pred)
-                factors += STEP.GROUPS * STEP.CHANNELS
             to = partials + partial_row(tl.program_id(0), tile.n, tile.level, levels)
             tl.store(to, tl.sum(tl.sum(tl.sum(total, 2), 1), 0))
 
@@ -54,14 +48,12 @@ def forward_kernel(
 def backward_kernel(
     maps,  # target, pred
     levels,
-    scale,  # tuple: [N, C]
+    scale,  # tuple: [N, C]; None: 1
     grad,  # [levels, N]
-    grad_pred,  # tuple: [N, C, P], laid out like pred
+    grad_pred,  # tuple: [N, C, P], laid out like pred; None: not wanted
     grad_target,  # likewise
-    partials,  # [N * tiles, row_size] gradients of scale
+    partials,  # [N * tiles, row_size] gradients of scale; None: not wanted
     row_size,
-    HAS_SCALE: tl.constexpr,
-    WANTED: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     level = level_of(tl.program_id(0), levels)
@@ -75,8 +67,11 @@ def backward_kernel(
             tile = blocks.tile_of(tl.program_id(0), levels, first_channel, STEP)
             g = 2 * tl.load(grad + tile.level * tl.num_programs(1) + tile.n)
             target, pred = blocks.source(maps, 0, tile, STEP), blocks.source(maps, 1, tile, STEP)
-            to_pred, to_target = blocks.destination(grad_pred, tile, STEP), blocks.destination(grad_target, tile, STEP)
-            if HAS_SCALE:
+            if grad_pred is not None:
+                to_pred = blocks.destination(grad_pred, tile, STEP)
+            if grad_target is not None:
+                to_target = blocks.destination(grad_target, tile, STEP)
+            if scale is not None:
                 factors = blocks.of_channels(scale, tile)
                 factor = blocks.read_channels(factors, 0, CHANNELS, tile, 0, STEP)
             sums, totals = (blocks.zeros(1, STEP),) * CHANNELS, ()
@@ -85,18 +80,19 @@ def backward_kernel(
                 value = blocks.read_block(pred, tile, 0, start, STEP)
                 d_pred, d_target = (), ()
                 for m in tl.static_range(len(value)):
-                    e = goal[m] - (value[m] * factor[m % CHANNELS] if HAS_SCALE else value[m])
-                    d_pred += (e * (-g * factor[m % CHANNELS] if HAS_SCALE else -g),)
+                    e = goal[m] - (value[m] if scale is None else value[m] * factor[m % CHANNELS])
+                    d_pred += (e * (-g if scale is None else -g * factor[m % CHANNELS]),)
                     d_target += (g * e,)
-                    if WANTED.scale:
+                    if partials is not None:
                         sums = sums[1:] + (sums[0] + tl.sum(value[m] * e, 2, keep_dims=True),)
-                if WANTED.pred:
+                if grad_pred is not None:
                     blocks.write_block(to_pred, d_pred, tile, 0, start, STEP)
-                if WANTED.target:
+                    to_pred = blocks.next_pixels(to_pred)
+                if grad_target is not None:
                     blocks.write_block(to_target, d_target, tile, 0, start, STEP)
+                    to_target = blocks.next_pixels(to_target)
                 target, pred = blocks.next_pixels(target), blocks.next_pixels(pred)
-                to_pred, to_target = blocks.next_pixels(to_pred), blocks.next_pixels(to_target)
-            if WANTED.scale:
+            if partials is not None:
                 to = partials + partial_row(tl.program_id(0), tile.n, tile.level, levels) * row_size
                 for j in tl.static_range(CHANNELS):
                     totals += (blocks.over_pixels(sums[j], STEP) * -g,)
@@ -110,7 +106,7 @@ def backward_kernel(
 def forward(pred: Sequence[Tensor], target: Sequence[Tensor], scale: Sequence[Tensor], out: Tensor) -> None:
     for run in blocks.runs_of(target, pred):
         partials = run.partials(1)
-        run.launch(forward_kernel, run.of(scale or pred), partials, HAS_SCALE=bool(scale))
+        run.launch(forward_kernel, run.of(scale), partials)
         reduce_tiles(partials, unbind(of_run(out, run.part)), run.levels, [1] * len(run.levels.tiles), run.images)
 
 
@@ -124,21 +120,18 @@ def backward(
     grad_target: Sequence[Tensor],  # likewise
     grad_scale: Sequence[Tensor],  # likewise
 ) -> None:
-    wanted = Wanted(bool(grad_pred), bool(grad_target), bool(grad_scale))
     for run in blocks.runs_of(target, pred, step=blocks.pixel_step):
-        row_size = max(run.levels.channels) if grad_scale else 0
-        partials = run.partials(row_size)
+        row_size = max(run.levels.channels)
+        partials = run.partials(row_size) if grad_scale else None
         run.launch(
             backward_kernel,
-            run.of(scale or pred),
+            run.of(scale),
             of_run(grad, run.part),
-            run.of(grad_pred or pred),
-            run.of(grad_target or pred),
+            run.of(grad_pred),
+            run.of(grad_target),
             partials,
             row_size,
-            HAS_SCALE=bool(scale),
-            WANTED=wanted,
             grid=run.grid(channels=True),
         )
-        if grad_scale:
-            reduce_tiles(partials, run.of(grad_scale), run.levels, run.levels.channels, run.images)
+        if partials is not None:
+            reduce_tiles(partials, grad_scale[run.part], run.levels, run.levels.channels, run.images)
