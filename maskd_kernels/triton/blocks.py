@@ -31,7 +31,7 @@ REGISTERS = 128  # of a thread, so that 16 warps are resident
 class Step(NamedTuple):
     """Of the walk, as constants of a kernel: ``GROUPS * CHANNELS`` channels, ``COLUMNS * VECTOR * PARTS`` pixels."""
 
-    GROUPS: int  # lanes along channels; 0: the walk is by tensor cores
+    GROUPS: int  # lanes along channels
     CHANNELS: int  # of a lane
     COLUMNS: int  # lanes along pixels
     VECTOR: int  # neighbouring pixels of a lane
@@ -145,8 +145,7 @@ def tile_of(index, levels, first_channel, STEP: tl.constexpr):
     elif STEP.INTERLEAVED and not STEP.NARROW:
         channels = aligned(channels, WIDE)
     first = (index - integer(levels.first_tile, level)) * STEP.SPAN
-    GROUPS: tl.constexpr = STEP.GROUPS if STEP.GROUPS > 0 else 1
-    group = tl.arange(0, GROUPS)
+    group = tl.arange(0, STEP.GROUPS)
     if STEP.NEXT_CHANNEL == 1:
         group *= STEP.CHANNELS
     channel, pixel = along_channels(first_channel + group, STEP), along_pixels(pixels_of(STEP.VECTOR, STEP), STEP)
@@ -459,7 +458,7 @@ def step_of(
         LAYOUTS=tuple(m.interleaved for m in maps[0]),
         NARROW=False,
         NEXT_CHANNEL=1,
-        EVEN=all(c % (max(groups, 1) * own) == 0 for c in channels),
+        EVEN=all(c % (groups * own) == 0 for c in channels),
         ALL=channels[0] if alike else 0,
         DENSE=alike and dense,
     )

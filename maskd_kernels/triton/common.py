@@ -19,10 +19,6 @@ from torch import Tensor
 from maskd_kernels.ops.layout import Feature
 from maskd_kernels.triton.launch import empty, launch
 
-# Channels and pixels per step, and warps, of kernels that only stream: 128 bits of a tile or more for each thread.
-STREAM_C, STREAM_P, STREAM_WARPS = 16, 128, 4
-# Fewer channels where rows are not whole vectors: every element needs an address of its own, in registers.
-NARROW_STREAM_C = 4
 WIDE = tl.constexpr(8)  # elements of a 128-bit load of half types
 
 
@@ -130,14 +126,6 @@ def unpaired(both):
     else:
         value = tl.reshape(both, [both.shape[0], 2 * both.shape[1]])
     return value
-
-
-@triton.jit
-def feature_offsets(n, c, p, stride_n, stride, INTERLEAVED: tl.constexpr):
-    """[BLOCK_C, BLOCK_P] offsets into a feature; ``stride`` is that of the axis that is not dense."""
-    if INTERLEAVED:
-        return n * stride_n + p[None, :].to(tl.int64) * stride + c[:, None]
-    return n * stride_n + c[:, None].to(tl.int64) * stride + p[None, :]
 
 
 @triton.jit(do_not_specialize=["images", "row_size"])

@@ -43,6 +43,7 @@ class Case(NamedTuple):
 
     K: int
     K_PAD: int
+    DOT: bool  # tensor cores serve so many tokens
     SUMS_AT: int  # the column of the partial sums where those of channels begin
 
 
@@ -106,45 +107,43 @@ def walk(maps, tokens, out, sums_to, tile, CASE: tl.constexpr, STEP: tl.constexp
 @triton.jit
 def walk_by_dot(maps, tokens, out, sums_to, tile, CASE: tl.constexpr, STEP: tl.constexpr):
     """The same for many tokens: [PIXELS] distance, [K_PAD, PIXELS] logits, the student's likewise."""
-    k, p = tl.arange(0, CASE.K_PAD), tl.arange(0, STEP.SPAN)
-    t_at, t_step = dot_plane(maps, 0, tile, STEP)
-    s_at, s_step = dot_plane(maps, len(maps) - 1, tile, STEP)
-    e_first = pick(tokens, tile.level)
+    t, s = blocks.source(maps, 0, tile, STEP), blocks.source(maps, len(maps) - 1, tile, STEP)
+    k, e_first = tl.arange(0, CASE.K_PAD), pick(tokens, tile.level)
     logits = tl.full([CASE.K_PAD, STEP.SPAN], 0.0, tl.float32)
     student_logits = logits
-    d = tl.full([STEP.CHANNELS, STEP.SPAN], 0.0, tl.float32)
-    for start in range(0, tile.end, STEP.CHANNELS):
-        c = start + tl.arange(0, STEP.CHANNELS)
-        valid = (c < tile.channels)[:, None] & (tile.first + p < tile.pixels)[None, :]
-        x = read(t_at, valid)  # [CHANNELS, PIXELS]
+    d = tl.full([STEP.GROUPS, STEP.SPAN], 0.0, tl.float32)
+    for start in range(0, tile.end, STEP.GROUPS):
+        c = start + tl.arange(0, STEP.GROUPS)
+        x = matrix(blocks.read_block(t, tile, start, 0, STEP), STEP)
         e_at = k[:, None] * tile.channels + c[None, :]
         e = read(e_first + e_at, (k < CASE.K)[:, None] & (c < tile.channels)[None, :])
         logits = tl.dot(e, x, logits, input_precision=PRECISION)
         if len(maps) > 1:
-            y = read(s_at, valid)
+            y = matrix(blocks.read_block(s, tile, start, 0, STEP), STEP)
             d += (y - x) * (y - x)
             if out.teacher_masks is not None:
                 student_logits = tl.dot(e, y, student_logits, input_precision=PRECISION)
         if out.borders is not None:
             tl.store(sums_to + c, tl.sum(x, 1), mask=c < tile.channels)
-        t_at += t_step
-        s_at += s_step
+        t, s = blocks.next_channels(t), blocks.next_channels(s)
     return tl.sum(d, 0), logits, student_logits
 
 
 @triton.jit
-def dot_plane(maps, i: tl.constexpr, tile, STEP: tl.constexpr):
-    """Pointers to a map of the tile's level, [CHANNELS, PIXELS], and from one step's to the next's."""
-    INTERLEAVED: tl.constexpr = STEP.LAYOUTS[i]
-    stride_n, stride = integer(maps[i].strides.image, tile.level), integer(maps[i].strides.rest, tile.level)
-    if not STEP.NARROW:
-        stride_n, stride = aligned(stride_n, common.WIDE), aligned(stride, common.WIDE)
-    c, p = tl.arange(0, STEP.CHANNELS), tile.first + tl.arange(0, STEP.SPAN)
-    at = pick(maps[i].pointers, tile.level) + common.feature_offsets(tile.n, c, p, stride_n, stride, INTERLEAVED)
-    step = STEP.CHANNELS
-    if not INTERLEAVED:
-        step = STEP.CHANNELS * stride.to(tl.int64)
-    return at, step
+def matrix(block, STEP: tl.constexpr):
+    """[CHANNELS, PIXELS] of a block with one element of each lane, as tensor cores take it."""
+    x = tl.reshape(block[0], [block[0].shape[0], block[0].shape[1]])
+    if not STEP.INTERLEAVED:
+        x = tl.trans(x)
+    return x
+
+
+@triton.jit
+def lanes(x, STEP: tl.constexpr):
+    """The reverse."""
+    if not STEP.INTERLEAVED:
+        x = tl.trans(x)
+    return (tl.expand_dims(x, 2),)
 
 
 @triton.jit
@@ -247,7 +246,7 @@ def forward_tile(index, maps, levels, tokens, out, customize, places, CASE: tl.c
     partial = out.partials + common.partial_row(index, tile.n, tile.level, levels) * decode(places.row_size)
     if out.distance is not None:
         d_at = out.distance + tile.n * total_pixels + column
-    if STEP.GROUPS > 0:
+    if not CASE.DOT:
         sums = walk(maps, tokens, out, partial + CASE.SUMS_AT, tile, CASE, STEP)
         pixel = blocks.pixels_of(STEP.VECTOR, STEP)
         exists = tile.first + pixel < tile.pixels
@@ -501,7 +500,7 @@ def backward_kernel(
     for narrow in tl.static_range(2):
         if some & (is_wide(index, levels, STEPS.WIDE.SPAN) != narrow):
             STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
-            if STEP.GROUPS > 0:
+            if not CASE.DOT:
                 backward_tile(index, maps, levels, tokens, grad, out, places, CASE, STEP)
             else:
                 backward_by_dot(index, maps, levels, tokens, grad, out, places, CASE, STEP)
@@ -599,12 +598,13 @@ def backward_by_dot(index, maps, levels, tokens, grad, out, places, CASE: tl.con
     K: tl.constexpr = CASE.K
     tile = blocks.tile_of(index, levels, 0, STEP)
     k, p = tl.arange(0, CASE.K_PAD), tl.arange(0, STEP.SPAN)
-    t_at, t_step = dot_plane(maps, 0, tile, STEP)
-    s_at, s_step = dot_plane(maps, len(maps) - 1, tile, STEP)
+    t, s = blocks.source(maps, 0, tile, STEP), blocks.source(maps, len(maps) - 1, tile, STEP)
+    if out.teacher is not None:
+        to_t = blocks.destination(out.teacher, tile, STEP)
+    if out.student is not None:
+        to_s = blocks.destination(out.student, tile, STEP)
     e_first, total_channels = pick(tokens, tile.level), decode(places.total_channels)
     row = common.partial_row(index, tile.n, tile.level, levels) * decode(places.row_size)
-    image = tile.n * (tile.pixels.to(tl.int64) * tile.channels)
-    stride = tile.channels if STEP.INTERLEAVED else tile.pixels
     slope_at = out.slopes + (tile.n * tl.num_programs(0) + index) * ((K + 2) * STEP.SPAN) + p
     slopes = read(slope_at[None, :] + k[:, None] * STEP.SPAN, (k < K)[:, None])
     if len(maps) > 1:
@@ -613,18 +613,16 @@ def backward_by_dot(index, maps, levels, tokens, grad, out, places, CASE: tl.con
         edge = tl.load(slope_at + (K + 1) * STEP.SPAN).to(tl.int32, bitcast=True)
         edge_at = grad.edges + tile.n * EDGES * total_channels + integer(places.channel_offsets, tile.level)
         edge_at += edge[None, :] * total_channels
-    for start in range(0, tile.end, STEP.CHANNELS):
-        c = start + tl.arange(0, STEP.CHANNELS)
-        valid = (c < tile.channels)[:, None] & (tile.first + p < tile.pixels)[None, :]
-        to = common.feature_offsets(0, c, tile.first + p, 0, stride, STEP.INTERLEAVED)
-        x = read(t_at, valid)  # [CHANNELS, PIXELS]
-        gradient = tl.full([STEP.CHANNELS, STEP.SPAN], 0.0, tl.float32)
+    for start in range(0, tile.end, STEP.GROUPS):
+        c = start + tl.arange(0, STEP.GROUPS)
+        x = matrix(blocks.read_block(t, tile, start, 0, STEP), STEP)
+        gradient = tl.full([STEP.GROUPS, STEP.SPAN], 0.0, tl.float32)
         if len(maps) > 1:
-            d = factor[None, :] * (read(s_at, valid) - x)
+            d = factor[None, :] * (matrix(blocks.read_block(s, tile, start, 0, STEP), STEP) - x)
             gradient -= d
             if out.student is not None:
-                to_s = pick(out.student, tile.level) + image
-                tl.store(to_s + to, d.to(to_s.dtype.element_ty), mask=valid)
+                blocks.write_block(to_s, lanes(d, STEP), tile, start, 0, STEP)
+                to_s = blocks.next_channels(to_s)
         if out.tokens is not None:
             d_tokens = tl.dot(slopes, tl.trans(x), input_precision=PRECISION)  # [K_PAD, CHANNELS]
             at = k[:, None] * tile.channels + c[None, :]
@@ -633,11 +631,10 @@ def backward_by_dot(index, maps, levels, tokens, grad, out, places, CASE: tl.con
             e = read(e_first + k[None, :] * tile.channels + c[:, None], (k < K)[None, :] & (c < tile.channels)[:, None])
             gradient = tl.dot(e, slopes, gradient, input_precision=PRECISION)
             if grad.edges is not None:
-                gradient += read(edge_at + c[:, None], valid)
-            to_t = pick(out.teacher, tile.level) + image
-            tl.store(to_t + to, gradient.to(to_t.dtype.element_ty), mask=valid)
-        t_at += t_step
-        s_at += s_step
+                gradient += read(edge_at + c[:, None], (c < tile.channels)[:, None])
+            blocks.write_block(to_t, lanes(gradient, STEP), tile, start, 0, STEP)
+            to_t = blocks.next_channels(to_t)
+        t, s = blocks.next_channels(t), blocks.next_channels(s)
 
 
 # ---- Launchers ---------------------------------------------------------------------------------
@@ -650,7 +647,7 @@ def forward_step(maps: common.Maps, logits: int) -> Step:
     """A thread reads 128 bits at a time, where it can; as many warps as may be, so none has more than 128 registers."""
     half, interleaved, few = blocks.element_size(maps) == 2, maps[0][-1].interleaved, 2 if logits > 6 else 4
     if logits > FEW_LOGITS:
-        return blocks.step_of(maps, 0, 32 if half else 16, 64, 1)  # of tensor cores: [channels, pixels]
+        return blocks.step_of(maps, 32 if half else 16, 1, 64, 1)
     if interleaved:
         return blocks.step_of(maps, 4, 8 if half else 4, 128, 1, tokens=few)
     if half and logits <= PIXEL_LOGITS:
@@ -661,7 +658,7 @@ def forward_step(maps: common.Maps, logits: int) -> Step:
 def backward_step(maps: common.Maps, logits: int, channels: Sequence[int]) -> Step:
     """Likewise; lanes along channels, where these are neighbours, and otherwise few along pixels."""
     if logits > PIXEL_LOGITS:
-        return blocks.step_of(maps, 0, 32, 32 if blocks.element_size(maps) == 2 else 64, 1)
+        return blocks.step_of(maps, 32, 1, 32 if blocks.element_size(maps) == 2 else 64, 1)
     step = blocks.pixel_step(maps)._replace(PARTS=2)  # tokens take registers too
     # Where edges of a level begin depends on the channels of all levels, also of those that other launches take.
     even = step.EVEN and all(c % step.CHANNELS == 0 for c in channels)
@@ -673,10 +670,10 @@ def pad_tokens(num_tokens: int) -> int:
     return max(16, int(triton.next_power_of_2(num_tokens)))
 
 
-def _case(tokens: int) -> Case:
+def _case(tokens: int, dot: bool) -> Case:
     # The sums start on a whole block of the second kernel.
     sums_at = triton.cdiv(2 * tokens + tokens * tokens, 64) * 64
-    return Case(tokens, 8 if tokens <= 8 else pad_tokens(tokens), sums_at)
+    return Case(tokens, 8 if tokens <= 8 else pad_tokens(tokens), dot, sums_at)
 
 
 def _places(teacher: Sequence[Tensor], run: slice, total_pixels: int, row_size: int) -> Places:
@@ -699,9 +696,10 @@ def forward(
 ) -> None:
     n, k, wants_sums = teacher[0].shape[0], tokens[0].shape[0] if tokens else 0, out.sums.numel() > 0
     customized = customize is not None and k > 0
-    case, logits = _case(k), k * (1 + customized)  # of a pixel
+    logits = k * (1 + customized)  # of a pixel
+    case = _case(k, logits > FEW_LOGITS)
     for run in blocks.runs_of(*filter(None, (teacher, student)), step=functools.partial(forward_step, logits=logits)):
-        levels, channels, walked = run.levels, max(run.levels.channels), run.step.GROUPS > 0
+        levels, channels = run.levels, max(run.levels.channels)
         row_size = case.SUMS_AT + (channels if wants_sums else 0)
         partials = run.partials(row_size)
         borders = empty(partials, n, LINES.value, sum(x.shape[1] for x in teacher)) if wants_sums else None
@@ -721,8 +719,8 @@ def forward(
             places,
             CASE=case,
             grid=(sum(levels.tiles) + lines, n),
-            channels=2 if walked and not run.step.INTERLEAVED else 0,
-            maxnreg=None if logits > FEW_LOGITS else blocks.REGISTERS if logits <= PIXEL_LOGITS else 168,
+            channels=0 if case.DOT or run.step.INTERLEAVED else 2,
+            maxnreg=None if case.DOT else blocks.REGISTERS if logits <= PIXEL_LOGITS else 168,
         )
         if n and row_size:
             block, rows = common.reduce_shape(row_size)
@@ -763,7 +761,7 @@ def backward(
     grad_masks, _, grad_distance, grad_mass, grad_error, grad_gram, grad_sums = grad
     grad_teacher, grad_tokens, grad_student = results
     n, k, channels = teacher[0].shape[0], tokens[0].shape[0] if tokens else 0, [x.shape[1] for x in teacher]
-    case, only_student, edges = _case(k), not grad_teacher and not grad_tokens, None
+    case, only_student, edges = _case(k, k > PIXEL_LOGITS), not grad_teacher and not grad_tokens, None
     if grad_sums is not None and grad_teacher and n:
         edges = empty(grad_sums, n, EDGES.value, sum(channels))
         grid = triton.cdiv(sum(channels), BORDER_C.value), n
@@ -811,7 +809,7 @@ def backward(
                 out,
                 places,
                 CASE=case,
-                grid=run.grid(channels=run.step.GROUPS > 0),
+                grid=run.grid(channels=not case.DOT),
                 maxnreg=None,
             )
         if partials is not None:
