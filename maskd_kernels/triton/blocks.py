@@ -2,7 +2,7 @@
 
 So what is summed over a lane's channels or pixels stays in registers, and what belongs to a channel or to a pixel is
 read once for the whole block. A block is a tuple, part by part and channel by channel, of tensors with a vector of
-pixels of each lane: [COLUMNS, GROUPS, VECTOR], in interleaved maps [GROUPS, COLUMNS, 1].
+pixels of each lane: [COLUMNS, GROUPS, VECTOR].
 
 A program takes a tile of pixels of one image on one level, and walks its channels or, a few channels at a time, its
 pixels. Every kernel takes ``maps``, ``levels``, its own arguments and ``STEPS``, as ``Run.launch`` passes them, and has
@@ -85,33 +85,9 @@ class Plane(NamedTuple):
 
 
 @triton.jit
-def along_channels(x, STEP: tl.constexpr):
-    """What groups have one of, as lanes lie."""
-    if STEP.INTERLEAVED:
-        result = x[:, None, None]
-    else:
-        result = x[None, :, None]
-    return result
-
-
-@triton.jit
-def along_pixels(x, STEP: tl.constexpr):
-    """What vectors of pixels have one of, likewise."""
-    if STEP.INTERLEAVED:
-        result = x[None, :, :]
-    else:
-        result = x[:, None, :]
-    return result
-
-
-@triton.jit
 def zeros(VECTOR: tl.constexpr, STEP: tl.constexpr):
     """Of each lane so many."""
-    if STEP.INTERLEAVED:
-        result = tl.full([STEP.GROUPS, STEP.COLUMNS, VECTOR], 0.0, tl.float32)
-    else:
-        result = tl.full([STEP.COLUMNS, STEP.GROUPS, VECTOR], 0.0, tl.float32)
-    return result
+    return tl.full([STEP.COLUMNS, STEP.GROUPS, VECTOR], 0.0, tl.float32)
 
 
 @triton.jit
@@ -148,7 +124,7 @@ def tile_of(index, levels, first_channel, STEP: tl.constexpr):
     group = tl.arange(0, STEP.GROUPS)
     if STEP.NEXT_CHANNEL == 1:
         group *= STEP.CHANNELS
-    channel, pixel = along_channels(first_channel + group, STEP), along_pixels(pixels_of(STEP.VECTOR, STEP), STEP)
+    channel, pixel = (first_channel + group)[None, :, None], pixels_of(STEP.VECTOR, STEP)[:, None, :]
     return Tile(level, tl.program_id(1).to(tl.int64), first, channels, end, pixels, first_channel, channel, pixel)
 
 
@@ -259,16 +235,17 @@ def widened(at, valid, STEP: tl.constexpr):
         if STEP.INTERLEAVED:
             value = tl.reshape(value, [STEP.COLUMNS, STEP.GROUPS, value.shape[1] // STEP.GROUPS])
         else:
-            value = tl.reshape(value, [STEP.GROUPS, STEP.COLUMNS, STEP.VECTOR])
-        value = tl.permute(value, [1, 0, 2])
+            value = tl.permute(tl.reshape(value, [STEP.GROUPS, STEP.COLUMNS, STEP.VECTOR]), [1, 0, 2])
     return value
 
 
 @triton.jit
-def write(at, value, valid):
+def write(at, value, valid, STEP: tl.constexpr):
     """The reverse, in the dtype of the memory."""
     if len(at.shape) == 2:
-        value = tl.reshape(tl.permute(value, [1, 0, 2]), at.shape)
+        if not STEP.INTERLEAVED:
+            value = tl.permute(value, [1, 0, 2])
+        value = tl.reshape(value, at.shape)
     tl.store(at, value.to(at.dtype.element_ty), mask=valid)
 
 
@@ -349,11 +326,11 @@ def write_block(plane, values, tile, channel, pixel, STEP: tl.constexpr):
         at, p = plane.at + part * plane.part, pixel + part * (STEP.COLUMNS * STEP.VECTOR)
         if STEP.INTERLEAVED and len(at.shape) == 2:
             value = stacked(values[part * CHANNELS : (part + 1) * CHANNELS])
-            write(at, value, present(plane, tile, channel, p, STEP))
+            write(at, value, present(plane, tile, channel, p, STEP), STEP)
         else:
             for j in tl.static_range(CHANNELS):
                 valid = present(plane, tile, channel + j * STEP.NEXT_CHANNEL, p, STEP)
-                write(at + j * plane.channel, values[part * CHANNELS + j], valid)
+                write(at + j * plane.channel, values[part * CHANNELS + j], valid, STEP)
 
 
 @triton.jit
@@ -383,11 +360,11 @@ def read_pixels(at, part: tl.constexpr, STEP: tl.constexpr):
     at += part * (STEP.COLUMNS * STEP.VECTOR)
     if STEP.VECTOR == 8 and not STEP.NARROW:
         # Two loads of 128 bits, and lanes have the eight pixels that they have of half types.
-        at += along_pixels(tl.arange(0, STEP.COLUMNS)[:, None] * 8 + tl.arange(0, 4)[None, :], STEP)
+        at += tl.arange(0, STEP.COLUMNS)[:, None, None] * 8 + tl.arange(0, 4)[None, None, :]
         both = tl.permute(tl.join(tl.load(at), tl.load(at + 4)), [0, 1, 3, 2])
         value = tl.reshape(both, [both.shape[0], both.shape[1], 8])
     else:
-        value = tl.load(at + along_pixels(pixels_of(STEP.VECTOR, STEP), STEP))
+        value = tl.load(at + pixels_of(STEP.VECTOR, STEP)[:, None, :])
     return value
 
 
@@ -397,8 +374,8 @@ def over_pixels(x, STEP: tl.constexpr):
     x = tl.sum(x, 2)
     if STEP.INTERLEAVED:
         LANES: tl.constexpr = 32 // STEP.GROUPS
-        x = tl.reshape(x, [STEP.GROUPS, STEP.COLUMNS // (LANES * WARPS), WARPS, LANES])
-        total = tl.sum(tl.sum(x, 1), 2)
+        x = tl.reshape(x, [STEP.COLUMNS // (LANES * WARPS), WARPS, LANES, STEP.GROUPS])
+        total = tl.sum(tl.sum(x, 0), 1)
     else:
         total = tl.sum(x, 0)
     return total
@@ -409,7 +386,7 @@ def write_channels(at, sums, tile, channel, STEP: tl.constexpr):
     """Sums of ``over_pixels``, one for each of a lane's channels; ``at`` points to the step's first channel."""
     total, c = stacked(sums), tile.first_channel + channels_of(STEP)
     if STEP.INTERLEAVED:
-        total = tl.sum(total, 1)  # over warps
+        total = tl.sum(total, 0)  # over warps
     if STEP.EVEN:
         tl.store(at + c, total)
     else:
@@ -419,7 +396,7 @@ def write_channels(at, sums, tile, channel, STEP: tl.constexpr):
 @triton.jit
 def over_groups(x, STEP: tl.constexpr):
     """Sums over channels, [COLUMNS, VECTOR]."""
-    return tl.sum(x, 0 if STEP.INTERLEAVED else 1)
+    return tl.sum(x, 1)
 
 
 @triton.jit

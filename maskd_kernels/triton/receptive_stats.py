@@ -132,18 +132,13 @@ def walk_by_dot(maps, tokens, out, sums_to, tile, CASE: tl.constexpr, STEP: tl.c
 @triton.jit
 def matrix(block, STEP: tl.constexpr):
     """[CHANNELS, PIXELS] of a block with one element of each lane, as tensor cores take it."""
-    x = tl.reshape(block[0], [block[0].shape[0], block[0].shape[1]])
-    if not STEP.INTERLEAVED:
-        x = tl.trans(x)
-    return x
+    return tl.trans(tl.reshape(block[0], [STEP.SPAN, STEP.GROUPS]))
 
 
 @triton.jit
 def lanes(x, STEP: tl.constexpr):
     """The reverse."""
-    if not STEP.INTERLEAVED:
-        x = tl.trans(x)
-    return (tl.expand_dims(x, 2),)
+    return (tl.expand_dims(tl.trans(x), 2),)
 
 
 @triton.jit
@@ -583,12 +578,17 @@ def read_edges(edges, edge, total_channels, tile, STEP: tl.constexpr):
     """Of each channel and pixel, by what edges the pixel lies on: a tuple of each lane's channels."""
     CHANNELS: tl.constexpr = STEP.CHANNELS
     VECTOR: tl.constexpr = STEP.VECTOR
-    pixels, found, result = blocks.entries(edge), (), ()
-    for i in tl.static_range(VECTOR):
-        at = edges + pixels[i] * total_channels + tile.channel
-        found = found + blocks.read_channels(at, 0, CHANNELS, tile, 0, STEP)
-    for j in tl.static_range(CHANNELS):
-        result = result + (blocks.stacked(found[j::CHANNELS]),)
+    if STEP.INTERLEAVED and not STEP.NARROW:  # as the map lies, so that nothing moves
+        c = (tile.first_channel + tl.arange(0, STEP.GROUPS * CHANNELS))[None, :]
+        at = edges + tl.reshape(edge, [STEP.COLUMNS, 1]) * total_channels + c
+        result = blocks.entries(blocks.widened(at, c < tile.channels, STEP))
+    else:
+        pixels, found, result = blocks.entries(edge), (), ()
+        for i in tl.static_range(VECTOR):
+            at = edges + pixels[i] * total_channels + tile.channel
+            found += blocks.read_channels(at, 0, CHANNELS, tile, 0, STEP)
+        for j in tl.static_range(CHANNELS):
+            result += (blocks.stacked(found[j::CHANNELS]),)
     return result
 
 
