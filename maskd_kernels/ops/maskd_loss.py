@@ -21,6 +21,7 @@ import math
 import threading
 from collections.abc import Sequence
 from itertools import chain
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +30,9 @@ from torch import Tensor
 from maskd_kernels import backends, native
 from maskd_kernels.ops import layout
 from maskd_kernels.ops import receptive_stats as stats_op
-from maskd_kernels.ops.registration import as_saved, is_eager, is_followed, is_plain
+from maskd_kernels.ops.registration import as_saved, is_followed, is_plain
 from maskd_kernels.reference import ReceptiveStats, compute_dtype
-from maskd_kernels.triton.launch import empty, recalled
+from maskd_kernels.triton.launch import described, empty, recalled
 
 
 @dataclasses.dataclass
@@ -81,19 +82,23 @@ class Plan:
 _KEPT_PLANS = 1024  # images come in many sizes
 _plans: dict[Any, Plan] = {}
 _changing_plans = threading.Lock()
+_requires_grad = attrgetter("requires_grad")
 
 
-def signature(channel_dim: int, given: Inputs, asked: str) -> Any:
-    """All that decides whether a call is valid and how it is computed; None where something traces or watches it.
+def signature(channel_dim: int, given: Inputs, tensors: Sequence[Tensor], asked: str) -> Any:
+    """All that decides whether a call is valid and how it is computed; None where that is not for these kernels.
 
-    Looking a call up by it takes a fraction of the time of validating it.
+    They compute in eager mode, and where nothing but the student is trained. Looking a call up by its signature takes
+    a fraction of the time of validating it: what is given may be anything that has tensors in the right places.
     """
-    if not is_eager():
+    first, last = len(given.teacher) + len(given.tokens), len(given.student)
+    frozen = chain(tensors[:first], tensors[first + last :])
+    if not is_plain(tensors) or (torch.is_grad_enabled() and any(map(_requires_grad, frozen))):
         return None
-    described = [
-        (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, type(x), x.is_neg()) for x in given.tensors()
-    ]
-    return channel_dim, *map(len, given), torch.is_grad_enabled(), asked, *described
+    try:
+        return channel_dim, *map(len, given), asked, *described(tensors)
+    except RuntimeError:  # tensors without strides: sparse, nested
+        return None
 
 
 def recall(call: Any) -> Plan | None:
@@ -101,14 +106,12 @@ def recall(call: Any) -> Plan | None:
     return _plans.get(call)
 
 
-def applies(inputs: Inputs, asked: str) -> bool:
-    """Whether the kernels can compute this: eager mode, and nothing but the student is trained."""
-    teacher, tokens, _student, weighting = inputs
-    if not is_plain(inputs.tensors()):
+def applies(call: Any, inputs: Inputs, asked: str) -> bool:
+    """Whether the kernels can compute a call with this signature."""
+    if call is None:
         return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in chain(teacher, tokens, *weighting)):
-        return False
-    return backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype), asked) != "reference"
+    x = inputs.teacher[0]
+    return backends.resolve(x.device, compute_dtype(x.dtype), asked) != "reference"
 
 
 def prepare(call: Any, given: Inputs, computable: Inputs, asked: str) -> tuple[Plan, Inputs]:
@@ -149,26 +152,28 @@ def prepare(call: Any, given: Inputs, computable: Inputs, asked: str) -> tuple[P
     return plan, taken
 
 
-def maskd_loss(plan: Plan, inputs: Inputs, customize: bool | Tensor, eps: float) -> Tensor:
+def maskd_loss(
+    plan: Plan, inputs: Inputs, tensors: Sequence[Tensor], customize: bool | Tensor, eps: float
+) -> Tensor:
     """The loss, a scalar in the compute dtype, differentiable in the student.
 
     Args:
         plan: for these inputs.
         inputs: as the plan takes them.
+        tensors: of these inputs.
         customize: whether masks are multiplied by the student's own; also a 0-dim bool on the features' device.
         eps: added to each mask's mass.
     """
     apply: Any = _FrozenLoss.apply
-    loss: Tensor = apply(plan, inputs, (customize, eps), torch.is_grad_enabled(), *inputs.student)
+    loss: Tensor = apply((plan, inputs, tensors, customize, eps, torch.is_grad_enabled()), *inputs.student)
     return loss
 
 
 def _native(
-    plan: Plan, inputs: Inputs, settings: tuple[Any, ...], gradients: list[Tensor], upstream: float
+    plan: Plan, inputs: Inputs, customize: bool | Tensor, eps: float, gradients: list[Tensor], upstream: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, masks ``[N, K, P]`` and each mask's share of the loss ``[L, N, K]``; fills the gradients, where given."""
     teacher, tokens, student, weighting = inputs
-    customize, eps = settings
     masks, share = native.empty(plan.masks, plan.dtype), native.empty(plan.share, plan.dtype)
     loss = native.empty((), plan.dtype)
     results = [g.data_ptr() for g in gradients] or [0] * len(student)
@@ -193,11 +198,17 @@ def _native(
     return loss, masks, share
 
 
-def _triton(plan: Plan, inputs: Inputs, settings: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _triton(
+    plan: Plan, inputs: Inputs, tensors: Sequence[Tensor], customize: bool | Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, masks and shares, as of the native kernel."""
-    customize, eps = settings
-    flag = stats_op.as_flag(customize, inputs.teacher[0].device)
-    losses, masks, share = _triton_forward(inputs, flag, eps, known=plan.key)
+    flag, known = None, None
+    if customize is not False:
+        flag = stats_op.as_flag(customize, inputs.teacher[0].device)
+        tensors = [*tensors, flag]
+    if plan.key is not None:
+        known = plan.key, eps, flag is None
+    losses, masks, share = _triton_forward(inputs, flag, eps, tensors=tensors, known=known)
     return losses.sum(), masks, share
 
 
@@ -227,20 +238,22 @@ def _triton_backward(
 class _FrozenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, inputs: Inputs, settings: tuple[Any, ...], differentiable: bool, *student: Tensor
+        ctx: Any,
+        call: tuple[Plan, Inputs, Sequence[Tensor], bool | Tensor, float, bool],
+        *_: Tensor,  # the student
     ) -> Tensor:
+        plan, inputs, tensors, customize, eps, differentiable = call
         ctx.upstream, ctx.gradients = None, []
-        teacher, tokens = inputs[:2]
         if plan.backend == "native":
-            ctx.upstream = _upstream_of(tokens[0].data_ptr())
+            ctx.upstream = _upstream_of(inputs.tokens[0].data_ptr())
             ctx.expected = ctx.upstream.last
             if differentiable and ctx.upstream.steady and any(ctx.needs_input_grad):
                 ctx.gradients = [native.empty(*g) for g in plan.gradients]
-            loss, masks, share = _native(plan, inputs, settings, ctx.gradients, ctx.expected)
+            loss, masks, share = _native(plan, inputs, customize, eps, ctx.gradients, ctx.expected)
         else:
-            loss, masks, share = _triton(plan, inputs, settings)
-        ctx.count, ctx.plan = len(teacher), plan
-        ctx.save_for_backward(*map(as_saved, chain(teacher, tokens, student)), masks, share)
+            loss, masks, share = _triton(plan, inputs, tensors, customize, eps)
+        ctx.count, ctx.plan = len(inputs.teacher), plan
+        ctx.save_for_backward(*as_saved(tensors[: 3 * ctx.count]), masks, share)
         return loss
 
     @staticmethod
@@ -256,9 +269,10 @@ class _FrozenLoss(torch.autograd.Function):
             *tensors, masks, share = ctx.saved_tensors
             teacher, tokens, student = (tensors[i * ctx.count : (i + 1) * ctx.count] for i in range(3))
             if ctx.plan.backend == "triton" and not through and is_plain([grad]):
+                flat = [*tensors, masks, share * grad]
                 # Not known by the plan: hooks on saved tensors may give them back in other strides.
-                gradients = _triton_backward(teacher, tokens, student, masks, share * grad)
-                return (None, None, None, None, *gradients)
+                known = described(flat)
+                return None, *_triton_backward(teacher, tokens, student, *flat[-2:], tensors=flat, known=known)
             none = masks.new_empty(0)
             saved = [masks, none, none, none, none, none, none]
             upstream = [none, none, none, none, share * grad, none, none]
@@ -266,4 +280,4 @@ class _FrozenLoss(torch.autograd.Function):
             run = stats_op.reference_backward if through else torch.ops.maskd_kernels.receptive_stats_backward
             with backends.running(ctx.plan.backend):
                 gradients = run(teacher, tokens, student, saved, upstream, [False, False, True])
-        return (None, None, None, None, *gradients)
+        return None, *gradients

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import partial, reduce, wraps
 from itertools import accumulate
-from operator import itemgetter, or_
+from operator import attrgetter, itemgetter, or_
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -38,11 +38,10 @@ class _Call(NamedTuple):
     launches: list[tuple[Callable[..., Any], list[Any], list[tuple[int, Getter]]]]  # kernel, values, addresses
     result: Getter
 
-    def repeat(self, tensors: list[Tensor], addresses: list[int]) -> Any:
-        """Does the same with these tensors. Adds to both lists."""
+    def repeat(self, tensors: Sequence[Tensor], addresses: list[int]) -> Any:
+        """Does the same with these tensors. Adds to the addresses."""
         new = [make() for make in self.makes]
-        tensors += new
-        addresses += [x.data_ptr() for x in new]
+        addresses += map(Tensor.data_ptr, new)
         for place, offset in self.parts:
             addresses.append(addresses[place] + offset)
         for run, values, getters in self.launches:
@@ -50,7 +49,7 @@ class _Call(NamedTuple):
             for i, get in getters:
                 arguments[i] = get(addresses)
             run(*arguments)
-        return self.result(tensors)
+        return self.result([*tensors, *new])
 
 
 class _Notes(NamedTuple):
@@ -163,6 +162,14 @@ def _flatten(nested: Sequence[Any], tensors: list[Tensor], rest: list[Any]) -> l
     return tensors
 
 
+_kind = attrgetter("shape", "dtype", "device")
+
+
+def described(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """All that decides how kernels read memory, but where it lies."""
+    return *map(_kind, tensors), *map(Tensor.stride, tensors)
+
+
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Has launches go to the tensor's device, whichever is the current one."""
     device = x.device
@@ -177,24 +184,24 @@ def recalled(launcher: Callable[..., Any]) -> Callable[..., Any]:
     The launcher takes tensors, hashable settings, None, and nested sequences of these; it returns None, a tensor that
     it was given or has made, or a tuple of such. It must not look at what tensors hold, nor which are the same.
 
-    The keyword ``known`` of the recalled launcher: something hashable that decides shapes, strides, dtypes and devices
-    of all tensors; only their alignment is then looked at.
+    Who has described a call already gives the recalled launcher the keywords ``tensors``, all of them in order, and
+    ``known``, something hashable that decides everything else but their alignment: nothing else is then looked at.
     """
     calls: dict[Any, _Call] = {}
     _recalled.append(calls)
 
     @wraps(launcher)
-    def call(*arguments: Any, known: Any = None) -> Any:
+    def call(*arguments: Any, tensors: Sequence[Tensor] | None = None, known: Any = None) -> Any:
         if _notes.get() is not None:  # part of another launcher
             return launcher(*arguments)
-        rest: list[Any] = []
-        tensors = _flatten(arguments, [], rest)
-        addresses = list(map(Tensor.data_ptr, tensors))
-        if known is None:
-            known = tuple([(x.shape, x.stride(), x.dtype, x.device) for x in tensors])
+        if tensors is None or known is None:
+            rest: list[Any] = []
+            tensors = _flatten(arguments, [], rest)
+            known = *described(tensors), *rest
+        addresses = [*map(Tensor.data_ptr, tensors)]
         # Triton compiles for memory that begins on a multiple of 16 bytes, or not.
         odd = reduce(or_, addresses) & 15 and tuple([address & 15 > 0 for address in addresses])
-        key = known, odd, *rest
+        key = known, odd
         noted = calls.get(key)
         if noted is None:
             # Notes tell tensors apart by their ids: those of a call with one twice are for such calls alone.
