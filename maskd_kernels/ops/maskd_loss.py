@@ -108,9 +108,9 @@ def recall(call: Any) -> Plan | None:
 
 def applies(call: Any, inputs: Inputs, asked: str) -> bool:
     """Whether the kernels can compute a call with this signature."""
-    if call is None:
-        return False
     x = inputs.teacher[0]
+    if call is None or x.is_meta:
+        return False
     return backends.resolve(x.device, compute_dtype(x.dtype), asked) != "reference"
 
 

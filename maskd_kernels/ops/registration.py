@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -42,15 +41,13 @@ def is_eager() -> bool:
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether kernels may run outside the dispatcher: eagerly, and on memory. Every call pays for this."""
+    """Whether kernels may run outside the dispatcher: eagerly, and on what lies in memory, if on no meta device."""
     if not is_eager() or not _PLAIN.issuperset(map(type, tensors)):
         return False
-    # Negated views hold the opposite of their values in memory.
-    return not any(map(Tensor.is_neg, tensors)) and not any(map(_is_meta, tensors))
+    return not any(map(Tensor.is_neg, tensors))  # negated views hold the opposite of their values in memory
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
-_is_meta = attrgetter("is_meta")
 
 
 def as_saved(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -130,7 +127,7 @@ class Operator:
         tensors, places = _spread(arguments)
         # Compiled code takes the backend that is set when it runs, which is not known while it is traced.
         small = not torch.compiler.is_compiling() and self._is_small(arguments)
-        if not small and is_plain(tensors):
+        if not small and is_plain(tensors) and not tensors[0].is_meta:
             if not torch.is_grad_enabled() or not any([x.requires_grad for x in tensors]):
                 return self.forward(*arguments)
             of_results: list[_Place] = []
@@ -167,6 +164,8 @@ class Operator:
             run = self.backward if direct and is_plain(given) else _registered(f"{self.name}_backward")
             with backends.running(ctx.asked):
                 gradients = self.autograd(Backward(arguments, kept, needs, run), *grad)
+        if all(needs):
+            return list(gradients)
         rest = iter(gradients)
         of_all = zip(ctx.places, needs, strict=True)
         return [next(rest) if needed else None for (span, _), needed in of_all for _ in saved[span]]
