@@ -201,14 +201,14 @@ def as_weighting(weighting: MaskWeighting | Sequence[MaskWeighting] | None) -> l
     )
     if not all([isinstance(w, MaskWeighting) for w in levels]):
         raise TypeError(f"weighting: expected MaskWeighting or a list of it, got {kind_of(weighting)}")
-    if not are_tensors([*chain.from_iterable(levels)]):
-        raise TypeError(f"weighting: expected tensors in every field, got {', '.join(map(kind_of, levels))}")
     return list(levels)
 
 
 def match_weighting(weighting: Sequence[MaskWeighting], teacher: list[Tensor], num_tokens: int) -> None:
     """Parameters that fit the channels and tokens of each level."""
     match_count(weighting, "weighting", teacher, "teacher")
+    if not are_tensors([*chain.from_iterable(weighting)]):
+        raise TypeError(f"weighting: expected tensors in every field, got {', '.join(map(kind_of, weighting))}")
     for i, (w, t) in enumerate(zip(weighting, teacher, strict=True)):
         label, c = level_name("weighting", i, len(teacher)), t.shape[1]
         if t.dim() != 4:

@@ -10,7 +10,6 @@ each call; likewise by Triton's interpreter, where nothing is compiled.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -170,12 +169,9 @@ def described(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     return *map(_kind, tensors), *map(Tensor.stride, tensors)
 
 
-def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Has launches go to the tensor's device, whichever is the current one."""
-    device = x.device
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
+def is_elsewhere(x: Tensor) -> bool:
+    """Whether the tensor is on another device than the current one, where launches go."""
+    return x.is_cuda and x.get_device() != torch.cuda.current_device()
 
 
 def recalled(launcher: Callable[..., Any]) -> Callable[..., Any]:
@@ -198,6 +194,9 @@ def recalled(launcher: Callable[..., Any]) -> Callable[..., Any]:
             rest: list[Any] = []
             tensors = _flatten(arguments, [], rest)
             known = *described(tensors), *rest
+        if is_elsewhere(tensors[0]):
+            with torch.cuda.device(tensors[0].device):
+                return call(*arguments, tensors=tensors, known=known)
         addresses = [*map(Tensor.data_ptr, tensors)]
         # Triton compiles for memory that begins on a multiple of 16 bytes, or not.
         odd = reduce(or_, addresses) & 15 and tuple([address & 15 > 0 for address in addresses])
@@ -209,16 +208,15 @@ def recalled(launcher: Callable[..., Any]) -> Callable[..., Any]:
             if len(set(ids)) < len(ids):
                 key = key, tuple(map(ids.index, ids))
                 noted = calls.get(key)
-        with on_device_of(tensors[0]):
-            if noted is not None:
-                return noted.repeat(tensors, addresses)
-            notes = _Notes([], [], [])
-            before = _notes.set(notes)
-            try:
-                result = launcher(*arguments)
-            finally:
-                _notes.reset(before)
-            noted = notes.call(tensors, result)
+        if noted is not None:
+            return noted.repeat(tensors, addresses)
+        notes = _Notes([], [], [])
+        before = _notes.set(notes)
+        try:
+            result = launcher(*arguments)
+        finally:
+            _notes.reset(before)
+        noted = notes.call(tensors, result)
         if noted is not None:
             with _changing:
                 while len(calls) >= KEPT:
