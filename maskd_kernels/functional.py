@@ -14,7 +14,6 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from maskd_kernels import backends
 from maskd_kernels.mask_weighting import MaskWeighting, weights_from_sums
 from maskd_kernels.ops import layout
 from maskd_kernels.ops import maskd_loss as loss_op
@@ -226,10 +225,9 @@ def maskd_loss(
     e, w = as_list(tokens, "tokens"), as_weighting(weighting)
     check_eps(eps)
     check_customize(customize, t[0])
-    asked = "" if torch.compiler.is_compiling() else backends.current_backend()
     inputs = loss_op.Inputs(t, e, s, w)
     tensors = inputs.tensors()
-    call = None if return_dice else loss_op.signature(channel_dim, inputs, tensors, asked)
+    call = None if return_dice else loss_op.signature(channel_dim, inputs, tensors)
     plan = loss_op.recall(call)
     if plan is not None:
         if channel_dim != 1:
@@ -243,8 +241,8 @@ def maskd_loss(
     if w:
         match_weighting(w, t, e[0].shape[0])
     inputs = loss_op.Inputs(t, e, s, w)
-    if not return_dice and loss_op.applies(call, inputs, asked):
-        plan, inputs = loss_op.prepare(call, inputs, loss_op.Inputs(*_computable(t, e, s), w), asked)
+    if loss_op.applies(call, inputs):
+        plan, inputs = loss_op.prepare(call, inputs, loss_op.Inputs(*_computable(t, e, s), w))
         return loss_op.maskd_loss(plan, inputs, inputs.tensors(), customize, eps)
     with full_precision(t[0]):
         stats = _stats(t, e, s, customize, sums=len(w) > 0)

@@ -85,8 +85,10 @@ _changing_plans = threading.Lock()
 _requires_grad = attrgetter("requires_grad")
 
 
-def signature(channel_dim: int, given: Inputs, tensors: Sequence[Tensor], asked: str) -> Any:
+def signature(channel_dim: int, given: Inputs, tensors: Sequence[Tensor]) -> Any:
     """All that decides whether a call is valid and how it is computed; None where that is not for these kernels.
+
+    It begins with the backend that is asked for now: another thread may ask for another one meanwhile.
 
     They compute in eager mode, and where nothing but the student is trained. Looking a call up by its signature takes
     a fraction of the time of validating it: what is given may be anything that has tensors in the right places.
@@ -96,7 +98,7 @@ def signature(channel_dim: int, given: Inputs, tensors: Sequence[Tensor], asked:
     if not is_plain(tensors) or (torch.is_grad_enabled() and any(map(_requires_grad, frozen))):
         return None
     try:
-        return channel_dim, *map(len, given), asked, *described(tensors)
+        return backends.current_backend(), channel_dim, *map(len, given), *described(tensors)
     except RuntimeError:  # tensors without strides: sparse, nested
         return None
 
@@ -106,26 +108,25 @@ def recall(call: Any) -> Plan | None:
     return _plans.get(call)
 
 
-def applies(call: Any, inputs: Inputs, asked: str) -> bool:
+def applies(call: Any, inputs: Inputs) -> bool:
     """Whether the kernels can compute a call with this signature."""
     x = inputs.teacher[0]
     if call is None or x.is_meta:
         return False
-    return backends.resolve(x.device, compute_dtype(x.dtype), asked) != "reference"
+    return backends.resolve(x.device, x.dtype, call[0]) != "reference"
 
 
-def prepare(call: Any, given: Inputs, computable: Inputs, asked: str) -> tuple[Plan, Inputs]:
+def prepare(call: Any, given: Inputs, computable: Inputs) -> tuple[Plan, Inputs]:
     """The plan, and the inputs as it takes them; recalled by the signature where these are the given ones.
 
     Args:
         call: the signature of what was given.
         given: valid inputs.
         computable: the same, features and tokens in dtypes that the kernels take.
-        asked: the backend that was asked for when the call began: another thread may ask for another meanwhile.
     """
     teacher, tokens, student, weighting = computable
     dtype = compute_dtype(teacher[0].dtype)
-    backend = backends.resolve(teacher[0].device, dtype, asked)
+    backend = backends.resolve(teacher[0].device, dtype, call[0])
     weighting = [[layout.as_dense(w, dtype) for w in level] for level in weighting]
     levels = []
     if backend == "native":
@@ -141,7 +142,7 @@ def prepare(call: Any, given: Inputs, computable: Inputs, asked: str) -> tuple[P
         levels = stats_op.native_levels(teacher, tokens, student, written)[0]
     n, k, pixels = teacher[0].shape[0], tokens[0].shape[0], sum(math.prod(t.shape[2:]) for t in teacher)
     taken = Inputs(teacher, tokens, student, weighting)
-    kept = call is not None and all(a is b for a, b in zip(given.tensors(), taken.tensors(), strict=True))
+    kept = all(a is b for a, b in zip(given.tensors(), taken.tensors(), strict=True))
     masks, share = (n, k, pixels), (len(teacher), n, k)
     plan = Plan(backend, dtype, masks, share, gradients, levels, object() if kept else None)
     if kept:

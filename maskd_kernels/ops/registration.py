@@ -125,20 +125,22 @@ class Operator:
     def __call__(self, *arguments: Any) -> Any:
         """The operator's result, differentiable."""
         tensors, places = _spread(arguments)
-        # Compiled code takes the backend that is set when it runs, which is not known while it is traced.
-        small = not torch.compiler.is_compiling() and self._is_small(arguments)
-        if not small and is_plain(tensors) and not tensors[0].is_meta:
+        if is_plain(tensors) and not tensors[0].is_meta and not self._is_small(arguments):
             if not torch.is_grad_enabled() or not any([x.requires_grad for x in tensors]):
                 return self.forward(*arguments)
             of_results: list[_Place] = []
             results = _pack(of_results, self._function.apply((self, arguments, places, of_results), *tensors))
             return results if len(results) > 1 else results[0]
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             arguments = _pack(places, as_saved(tensors))
         if is_transformed():
             with full_precision(tensors[0]):
                 return self.reference(*arguments)
-        return self.reference(*arguments) if small else _registered(self.name)(*arguments)
+        # Compiled code takes the backend that is set when it runs, which is not known while it is traced.
+        if not compiling and self._is_small(arguments):
+            return self.reference(*arguments)
+        return _registered(self.name)(*arguments)
 
     def _is_small(self, arguments: tuple[Any, ...]) -> bool:
         """Whether PyTorch's own operations are faster on a CPU, as calling the kernels costs more than it saves."""

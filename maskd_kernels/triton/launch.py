@@ -37,9 +37,10 @@ class _Call(NamedTuple):
     launches: list[tuple[Callable[..., Any], list[Any], list[tuple[int, Getter]]]]  # kernel, values, addresses
     result: Getter
 
-    def repeat(self, tensors: Sequence[Tensor], addresses: list[int]) -> Any:
-        """Does the same with these tensors. Adds to the addresses."""
+    def repeat(self, tensors: list[Tensor], addresses: list[int]) -> Any:
+        """Does the same with these tensors. Adds to both lists."""
         new = [make() for make in self.makes]
+        tensors += new
         addresses += map(Tensor.data_ptr, new)
         for place, offset in self.parts:
             addresses.append(addresses[place] + offset)
@@ -48,7 +49,7 @@ class _Call(NamedTuple):
             for i, get in getters:
                 arguments[i] = get(addresses)
             run(*arguments)
-        return self.result([*tensors, *new])
+        return self.result(tensors)
 
 
 class _Notes(NamedTuple):
@@ -209,7 +210,7 @@ def recalled(launcher: Callable[..., Any]) -> Callable[..., Any]:
                 key = key, tuple(map(ids.index, ids))
                 noted = calls.get(key)
         if noted is not None:
-            return noted.repeat(tensors, addresses)
+            return noted.repeat([*tensors], addresses)
         notes = _Notes([], [], [])
         before = _notes.set(notes)
         try:
