@@ -241,7 +241,7 @@ def maskd_loss(
     if w:
         match_weighting(w, t, e[0].shape[0])
     inputs = loss_op.Inputs(t, e, s, w)
-    if loss_op.applies(call, inputs):
+    if call is not None and loss_op.applies(call, inputs):
         plan, inputs = loss_op.prepare(call, inputs, loss_op.Inputs(*_computable(t, e, s), w))
         return loss_op.maskd_loss(plan, inputs, inputs.tensors(), customize, eps)
     with full_precision(t[0]):

@@ -18,21 +18,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import threading
 from collections.abc import Sequence
 from itertools import chain
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from maskd_kernels import backends, native
+from maskd_kernels.alike import Recollection
 from maskd_kernels.ops import layout
 from maskd_kernels.ops import receptive_stats as stats_op
-from maskd_kernels.ops.registration import as_saved, is_followed, is_plain
+from maskd_kernels.ops.registration import as_saved, is_eager, is_followed, is_plain
 from maskd_kernels.reference import ReceptiveStats, compute_dtype
-from maskd_kernels.triton.launch import described, empty, recalled
+from maskd_kernels.triton.launch import empty, recalled
 
 
 @dataclasses.dataclass
@@ -79,44 +78,38 @@ class Plan:
     key: Any  # by which the Triton launchers recall calls; None where the plan is for one call
 
 
-_KEPT_PLANS = 1024  # images come in many sizes
-_plans: dict[Any, Plan] = {}
-_changing_plans = threading.Lock()
-_requires_grad = attrgetter("requires_grad")
+_plans: Recollection[Plan] = Recollection()
+Call = tuple[tuple[Any, ...], list[Tensor]]  # settings, the asked backend first; all tensors as they were given
 
 
-def signature(channel_dim: int, given: Inputs, tensors: Sequence[Tensor]) -> Any:
-    """All that decides whether a call is valid and how it is computed; None where that is not for these kernels.
+def signature(channel_dim: int, given: Inputs, tensors: list[Tensor]) -> Call | None:
+    """All that decides whether a call is valid and how it is computed; None where something traces or watches it.
 
-    It begins with the backend that is asked for now: another thread may ask for another one meanwhile.
-
-    They compute in eager mode, and where nothing but the student is trained. Looking a call up by its signature takes
-    a fraction of the time of validating it: what is given may be anything that has tensors in the right places.
+    Looking a call up by it takes a fraction of the time of validating it. It holds the backend that is asked for now:
+    another thread may ask for another one meanwhile.
     """
-    first, last = len(given.teacher) + len(given.tokens), len(given.student)
-    frozen = chain(tensors[:first], tensors[first + last :])
-    if not is_plain(tensors) or (torch.is_grad_enabled() and any(map(_requires_grad, frozen))):
+    if not is_eager() or tensors[0].is_nested:
         return None
-    try:
-        return backends.current_backend(), channel_dim, *map(len, given), *described(tensors)
-    except RuntimeError:  # tensors without strides: sparse, nested
-        return None
+    settings = backends.current_backend(), channel_dim, *map(len, given), torch.is_grad_enabled(), tensors[0].shape
+    return settings, tensors
 
 
-def recall(call: Any) -> Plan | None:
+def recall(call: Call | None) -> Plan | None:
     """The plan of an earlier call with this signature."""
-    return _plans.get(call)
+    return None if call is None else _plans.get(*call)
 
 
-def applies(call: Any, inputs: Inputs) -> bool:
-    """Whether the kernels can compute a call with this signature."""
-    x = inputs.teacher[0]
-    if call is None or x.is_meta:
+def applies(call: Call, inputs: Inputs) -> bool:
+    """Whether the kernels can compute this: nothing but the student is trained."""
+    teacher, tokens, _student, weighting = inputs
+    if not is_plain(call[1]) or teacher[0].is_meta:
         return False
-    return backends.resolve(x.device, x.dtype, call[0]) != "reference"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in chain(teacher, tokens, *weighting)):
+        return False
+    return backends.resolve(teacher[0].device, teacher[0].dtype, call[0][0]) != "reference"
 
 
-def prepare(call: Any, given: Inputs, computable: Inputs) -> tuple[Plan, Inputs]:
+def prepare(call: Call, given: Inputs, computable: Inputs) -> tuple[Plan, Inputs]:
     """The plan, and the inputs as it takes them; recalled by the signature where these are the given ones.
 
     Args:
@@ -126,7 +119,7 @@ def prepare(call: Any, given: Inputs, computable: Inputs) -> tuple[Plan, Inputs]
     """
     teacher, tokens, student, weighting = computable
     dtype = compute_dtype(teacher[0].dtype)
-    backend = backends.resolve(teacher[0].device, dtype, call[0])
+    backend = backends.resolve(teacher[0].device, dtype, call[0][0])
     weighting = [[layout.as_dense(w, dtype) for w in level] for level in weighting]
     levels = []
     if backend == "native":
@@ -146,16 +139,11 @@ def prepare(call: Any, given: Inputs, computable: Inputs) -> tuple[Plan, Inputs]
     masks, share = (n, k, pixels), (len(teacher), n, k)
     plan = Plan(backend, dtype, masks, share, gradients, levels, object() if kept else None)
     if kept:
-        with _changing_plans:
-            while len(_plans) >= _KEPT_PLANS:
-                del _plans[next(iter(_plans))]  # the oldest
-            _plans[call] = plan
+        _plans.put(*call, plan)
     return plan, taken
 
 
-def maskd_loss(
-    plan: Plan, inputs: Inputs, tensors: Sequence[Tensor], customize: bool | Tensor, eps: float
-) -> Tensor:
+def maskd_loss(plan: Plan, inputs: Inputs, tensors: Sequence[Tensor], customize: bool | Tensor, eps: float) -> Tensor:
     """The loss, a scalar in the compute dtype, differentiable in the student.
 
     Args:
@@ -203,13 +191,10 @@ def _triton(
     plan: Plan, inputs: Inputs, tensors: Sequence[Tensor], customize: bool | Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, masks and shares, as of the native kernel."""
-    flag, known = None, None
-    if customize is not False:
-        flag = stats_op.as_flag(customize, inputs.teacher[0].device)
-        tensors = [*tensors, flag]
-    if plan.key is not None:
-        known = plan.key, eps, flag is None
-    losses, masks, share = _triton_forward(inputs, flag, eps, tensors=tensors, known=known)
+    flag = stats_op.as_flag(customize, inputs.teacher[0].device)
+    flags = [] if flag is None else [flag]
+    known = plan.key and (plan.key, len(flags), eps)
+    losses, masks, share = _triton_forward(inputs, flag, eps, tensors=[*tensors, *flags], known=known)
     return losses.sum(), masks, share
 
 
@@ -270,10 +255,8 @@ class _FrozenLoss(torch.autograd.Function):
             *tensors, masks, share = ctx.saved_tensors
             teacher, tokens, student = (tensors[i * ctx.count : (i + 1) * ctx.count] for i in range(3))
             if ctx.plan.backend == "triton" and not through and is_plain([grad]):
-                flat = [*tensors, masks, share * grad]
                 # Not known by the plan: hooks on saved tensors may give them back in other strides.
-                known = described(flat)
-                return None, *_triton_backward(teacher, tokens, student, *flat[-2:], tensors=flat, known=known)
+                return None, *_triton_backward(teacher, tokens, student, masks, share * grad)
             none = masks.new_empty(0)
             saved = [masks, none, none, none, none, none, none]
             upstream = [none, none, none, none, share * grad, none, none]

@@ -152,7 +152,7 @@ class Operator:
     def save(
         self, ctx: Any, tensors: Sequence[Tensor], places: list[_Place], inputs: tuple[Any, ...], output: Any
     ) -> None:
-        """What the backward needs, in ``ctx``: the tensors among the inputs, and of the output what ``keep`` chooses."""
+        """What the backward needs, in ``ctx``: the tensors among the inputs, and what ``keep`` chooses."""
         ctx.places, ctx.asked = places, backends.current_backend()
         ctx.save_for_backward(*tensors, *self.keep(ctx, inputs, output))
 

@@ -10,18 +10,18 @@ each call; likewise by Triton's interpreter, where nothing is compiled.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import partial, reduce, wraps
 from itertools import accumulate
-from operator import attrgetter, itemgetter, or_
+from operator import itemgetter, or_
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-KEPT = 1024  # calls of each launcher: images come in many sizes
+from maskd_kernels.alike import Recollection
+
 ALIGNMENT = 512  # bytes, of each piece of memory: PyTorch's on a GPU
 _USUAL = {Tensor, torch.nn.Parameter}
 
@@ -107,15 +107,13 @@ def _getter(value: Any, places: dict[int, int]) -> Getter | None:
 
 
 _notes: ContextVar[_Notes | None] = ContextVar("notes", default=None)  # that are being taken
-_recalled: list[dict[Any, Any]] = []
-_changing = threading.Lock()
+_recalled: list[Recollection[_Call]] = []
 
 
 def forget() -> None:
     """Has every launcher run again at its next call."""
-    with _changing:
-        for calls in _recalled:
-            calls.clear()
+    for calls in _recalled:
+        calls.clear()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
@@ -162,14 +160,6 @@ def _flatten(nested: Sequence[Any], tensors: list[Tensor], rest: list[Any]) -> l
     return tensors
 
 
-_kind = attrgetter("shape", "dtype", "device")
-
-
-def described(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """All that decides how kernels read memory, but where it lies."""
-    return *map(_kind, tensors), *map(Tensor.stride, tensors)
-
-
 def is_elsewhere(x: Tensor) -> bool:
     """Whether the tensor is on another device than the current one, where launches go."""
     return x.is_cuda and x.get_device() != torch.cuda.current_device()
@@ -181,34 +171,36 @@ def recalled(launcher: Callable[..., Any]) -> Callable[..., Any]:
     The launcher takes tensors, hashable settings, None, and nested sequences of these; it returns None, a tensor that
     it was given or has made, or a tuple of such. It must not look at what tensors hold, nor which are the same.
 
-    Who has described a call already gives the recalled launcher the keywords ``tensors``, all of them in order, and
-    ``known``, something hashable that decides everything else but their alignment: nothing else is then looked at.
+    Who knows a call already gives the recalled launcher the keywords ``tensors``, all of them in order, and ``known``,
+    something hashable that decides everything but their alignment and how those to be ``looked_at`` look.
     """
-    calls: dict[Any, _Call] = {}
+    calls: Recollection[_Call] = Recollection()
     _recalled.append(calls)
 
     @wraps(launcher)
-    def call(*arguments: Any, tensors: Sequence[Tensor] | None = None, known: Any = None) -> Any:
+    def call(
+        *arguments: Any, tensors: Sequence[Tensor] = (), looked_at: Sequence[Tensor] = (), known: Any = None
+    ) -> Any:
         if _notes.get() is not None:  # part of another launcher
             return launcher(*arguments)
-        if tensors is None or known is None:
+        if known is None:
             rest: list[Any] = []
-            tensors = _flatten(arguments, [], rest)
-            known = *described(tensors), *rest
+            looked_at = tensors = _flatten(arguments, [], rest)
+            known = tensors[0].shape, *rest
         if is_elsewhere(tensors[0]):
             with torch.cuda.device(tensors[0].device):
-                return call(*arguments, tensors=tensors, known=known)
+                return call(*arguments, tensors=tensors, looked_at=looked_at, known=known)
         addresses = [*map(Tensor.data_ptr, tensors)]
         # Triton compiles for memory that begins on a multiple of 16 bytes, or not.
         odd = reduce(or_, addresses) & 15 and tuple([address & 15 > 0 for address in addresses])
-        key = known, odd
-        noted = calls.get(key)
+        key: Any = known, odd
+        noted = calls.get(key, looked_at)
         if noted is None:
             # Notes tell tensors apart by their ids: those of a call with one twice are for such calls alone.
             ids = [*map(id, tensors)]
             if len(set(ids)) < len(ids):
                 key = key, tuple(map(ids.index, ids))
-                noted = calls.get(key)
+                noted = calls.get(key, looked_at)
         if noted is not None:
             return noted.repeat([*tensors], addresses)
         notes = _Notes([], [], [])
@@ -219,10 +211,7 @@ def recalled(launcher: Callable[..., Any]) -> Callable[..., Any]:
             _notes.reset(before)
         noted = notes.call(tensors, result)
         if noted is not None:
-            with _changing:
-                while len(calls) >= KEPT:
-                    del calls[next(iter(calls))]  # the oldest
-                calls[key] = noted
+            calls.put(key, looked_at, noted)
         return result
 
     return call
