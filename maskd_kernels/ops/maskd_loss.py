@@ -88,9 +88,13 @@ def signature(channel_dim: int, given: Inputs, tensors: list[Tensor]) -> Call | 
     Looking a call up by it takes a fraction of the time of validating it. It holds the backend that is asked for now:
     another thread may ask for another one meanwhile.
     """
-    if not is_eager() or tensors[0].is_nested:
+    if not is_eager():
         return None
-    settings = backends.current_backend(), channel_dim, *map(len, given), torch.is_grad_enabled(), tensors[0].shape
+    try:
+        strides = [*map(Tensor.stride, tensors)]
+    except (RuntimeError, TypeError):  # sparse, nested, or no tensor in a weighting
+        return None
+    settings = backends.current_backend(), channel_dim, *map(len, given), torch.is_grad_enabled(), strides[0]
     return settings, tensors
 
 

@@ -190,7 +190,7 @@ def recalled(launcher: Callable[..., Any]) -> Callable[..., Any]:
         if is_elsewhere(tensors[0]):
             with torch.cuda.device(tensors[0].device):
                 return call(*arguments, tensors=tensors, looked_at=looked_at, known=known)
-        addresses = [*map(Tensor.data_ptr, tensors)]
+        addresses = [*map(Tensor.data_ptr, tensors)]  # RuntimeError where there is no memory to stride over
         # Triton compiles for memory that begins on a multiple of 16 bytes, or not.
         odd = reduce(or_, addresses) & 15 and tuple([address & 15 > 0 for address in addresses])
         key: Any = known, odd
