@@ -148,6 +148,16 @@ def test_runs_anew_where_shapes_strides_or_dtypes_differ():
     assert recorded.runs == len(others) + 2
 
 
+def test_tensors_without_strides_are_refused():
+    """As by PyTorch, whose guards, by which later calls are recalled, would end the process."""
+    recorded = Recorded()
+    maps, out = tensors()
+    recorded.call(maps, out, 5)
+    with pytest.raises(RuntimeError):
+        recorded.call([maps[0], maps[1].to_sparse()], out, 5)
+    assert recorded.runs == 1
+
+
 def test_what_is_known_is_not_looked_at():
     recorded = Recorded()
     for size, known, runs in [(3, "this", 1), (3, "this", 1), (4, "that", 2), (4, "this", 2)]:
