@@ -22,29 +22,26 @@ Found = TypeVar("Found")
 _kind = attrgetter("__class__", "shape", "dtype", "device", "requires_grad")
 
 
+def _described(*tensors: Tensor) -> tuple[Any, ...]:
+    return *map(_kind, tensors), *map(Tensor.stride, tensors), *map(Tensor.is_neg, tensors)
+
+
 def look(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """Whether other tensors, its arguments, look as these, which it does not keep."""
+    """Tells whether other tensors, its arguments, look as these, which it does not keep."""
     try:
         sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
         guards: Any = torch._C._dynamo.guards
         check = guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
         if check(*tensors):  # it is not where a tensor comes twice
             return check  # type: ignore[no-any-return]
-    except (AttributeError, TypeError, SystemError):  # of a version of PyTorch without it
+    except (AttributeError, TypeError, SystemError):  # a version of PyTorch without it
         pass
-
-    def described(*others: Tensor) -> tuple[Any, ...]:
-        return *map(_kind, others), *map(Tensor.stride, others), *map(Tensor.is_neg, others)
-
-    before = described(*tensors)
-    return lambda *others: described(*others) == before
+    before = _described(*tensors)
+    return lambda *others: _described(*others) == before
 
 
 class Recollection(Generic[Found]):
-    """Finds what was put in under the same key for tensors that looked the same. The oldest keys are forgotten.
-
-    All tensors have strides.
-    """
+    """Finds what was put in under the same key for tensors that looked the same. The oldest keys are forgotten."""
 
     def __init__(self) -> None:
         self._found: dict[Hashable, list[tuple[Callable[..., bool], Found]]] = {}
