@@ -141,13 +141,17 @@ def resolve(device: torch.device, dtype: torch.dtype, asked: str | None = None) 
 
     Args:
         device: of the tensors.
-        dtype: of the computation.
+        dtype: of the computation, or of the features: float64 alone makes a difference.
         asked: what ``current_backend()`` was when the call began; None: what it is now.
 
     Raises:
         BackendUnavailableError: when a forced backend cannot run, with the reason.
     """
-    asked = asked or current_backend()
+    return _resolved(asked or current_backend(), device, dtype)
+
+
+@functools.cache  # every call pays for this
+def _resolved(asked: str, device: torch.device, dtype: torch.dtype) -> str:
     if asked != "auto":
         reason = why_unavailable(asked, device.type, dtype)
         if reason is not None:

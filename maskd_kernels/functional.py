@@ -14,7 +14,6 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from maskd_kernels import backends
 from maskd_kernels.mask_weighting import MaskWeighting, weights_from_sums
 from maskd_kernels.ops import layout
 from maskd_kernels.ops import maskd_loss as loss_op
@@ -28,6 +27,7 @@ from maskd_kernels.validation import (
     Levels,
     as_features,
     as_levels,
+    as_list,
     as_weighting,
     channels_first,
     check_customize,
@@ -221,25 +221,29 @@ def maskd_loss(
         >>> loss = maskd_kernels.maskd_loss(student, torch.randn(2, 16, 8, 8), torch.randn(6, 16))
         >>> loss.backward()
     """
-    t, s = as_levels(teacher, "teacher"), as_levels(student, "student")
-    e, w = as_levels(tokens, "tokens"), as_weighting(weighting)
+    t, s = as_list(teacher, "teacher"), as_list(student, "student")
+    e, w = as_list(tokens, "tokens"), as_weighting(weighting)
     check_eps(eps)
     check_customize(customize, t[0])
-    asked = "" if torch.compiler.is_compiling() else backends.current_backend()
-    call = None if return_dice else loss_op.signature(channel_dim, loss_op.Inputs(t, e, s, w), asked)
+    inputs = loss_op.Inputs(t, e, s, w)
+    tensors = inputs.tensors()
+    call = None if return_dice else loss_op.signature(channel_dim, inputs, tensors)
     plan = loss_op.recall(call)
     if plan is not None:
-        inputs = loss_op.Inputs(channels_first(t, channel_dim), e, channels_first(s, channel_dim), w)
-        return loss_op.maskd_loss(plan, inputs, customize, eps)
+        if channel_dim != 1:
+            inputs = loss_op.Inputs(channels_first(t, channel_dim), e, channels_first(s, channel_dim), w)
+            tensors = inputs.tensors()
+        return loss_op.maskd_loss(plan, inputs, tensors, customize, eps)
     t, s = as_features(t, "teacher", channel_dim), as_features(s, "student", channel_dim)
+    e = as_levels(e, "tokens")
     match_features(s, t)
     match_tokens(e, t)
     if w:
         match_weighting(w, t, e[0].shape[0])
     inputs = loss_op.Inputs(t, e, s, w)
-    if not return_dice and loss_op.applies(inputs, asked):
-        plan, inputs = loss_op.prepare(call, inputs, loss_op.Inputs(*_computable(t, e, s), w), asked)
-        return loss_op.maskd_loss(plan, inputs, customize, eps)
+    if call is not None and loss_op.applies(call, inputs):
+        plan, inputs = loss_op.prepare(call, inputs, loss_op.Inputs(*_computable(t, e, s), w))
+        return loss_op.maskd_loss(plan, inputs, inputs.tensors(), customize, eps)
     with full_precision(t[0]):
         stats = _stats(t, e, s, customize, sums=len(w) > 0)
         weights = weights_from_sums(stats.sums, t, w) if w else None

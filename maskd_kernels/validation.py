@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +23,27 @@ def shape_of(x: Tensor) -> str:
     return str(list(x.shape))
 
 
-def as_levels(x: Levels, name: str) -> list[Tensor]:
+def are_tensors(items: Sequence[object]) -> bool:
+    """Whether all are tensors. Every call pays for this."""
+    return _USUAL.issuperset(map(type, items)) or all([isinstance(x, Tensor) for x in items])
+
+
+_USUAL = {Tensor, nn.Parameter}
+
+
+def as_list(x: Levels, name: str) -> list[Tensor]:
     """A tensor or a sequence of tensors as a list."""
     found = [x] if isinstance(x, Tensor) else list(x) if isinstance(x, (list, tuple)) else None
-    if found is None or not all([isinstance(level, Tensor) for level in found]):
+    if found is None or not are_tensors(found):
         raise TypeError(f"{name}: expected a tensor or a list of tensors, got {kind_of(x)}")
     if not found:
         raise ValueError(f"{name}: expected at least one level, got an empty list")
+    return found
+
+
+def as_levels(x: Levels, name: str) -> list[Tensor]:
+    """The same of dense tensors alone."""
+    found = as_list(x, name)
     for level in found:
         if level.layout is not torch.strided or level.is_nested:
             raise TypeError(f"{name}: expected dense tensors, got {kind_of_memory(level)}")
@@ -186,14 +201,14 @@ def as_weighting(weighting: MaskWeighting | Sequence[MaskWeighting] | None) -> l
     )
     if not all([isinstance(w, MaskWeighting) for w in levels]):
         raise TypeError(f"weighting: expected MaskWeighting or a list of it, got {kind_of(weighting)}")
-    if not all([isinstance(x, Tensor) for w in levels for x in w]):
-        raise TypeError(f"weighting: expected tensors in every field, got {', '.join(map(kind_of, levels))}")
     return list(levels)
 
 
 def match_weighting(weighting: Sequence[MaskWeighting], teacher: list[Tensor], num_tokens: int) -> None:
     """Parameters that fit the channels and tokens of each level."""
     match_count(weighting, "weighting", teacher, "teacher")
+    if not are_tensors([*chain.from_iterable(weighting)]):
+        raise TypeError(f"weighting: expected tensors in every field, got {', '.join(map(kind_of, weighting))}")
     for i, (w, t) in enumerate(zip(weighting, teacher, strict=True)):
         label, c = level_name("weighting", i, len(teacher)), t.shape[1]
         if t.dim() != 4:

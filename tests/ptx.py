@@ -314,4 +314,5 @@ def execution(**options):
     finally:
         _Call.repeat = repeat
         backends.why_no_triton, torch.utils.deterministic.fill_uninitialized_memory = before
+        backends._resolved.cache_clear()
         torch.use_deterministic_algorithms(deterministic)

@@ -8,6 +8,7 @@ from helpers import DEVICE
 
 import maskd_kernels
 from maskd_kernels import backends, current_backend, use_backend
+from maskd_kernels.alike import Recollection
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +80,7 @@ def test_a_plan_is_made_for_the_backend_of_its_key(monkeypatch):
     from maskd_kernels import functional
     from maskd_kernels.ops import maskd_loss as loss_op
 
-    monkeypatch.setattr(loss_op, "_plans", {})
+    monkeypatch.setattr(loss_op, "_plans", Recollection())
     match = functional.match_tokens
 
     def interrupted(*arguments):
@@ -90,8 +91,7 @@ def test_a_plan_is_made_for_the_backend_of_its_key(monkeypatch):
     monkeypatch.setattr(functional, "match_tokens", interrupted)
     expected = maskd_kernels.maskd_loss(student, teacher, tokens)
     monkeypatch.setattr(functional, "match_tokens", match)
-    for call, plan in loss_op._plans.items():
-        assert "auto" in call
-        assert plan.backend != "reference"
-    assert len(loss_op._plans) == 1
+    ((settings, ((_, plan),)),) = loss_op._plans._found.items()
+    assert "auto" in settings
+    assert plan.backend != "reference"
     assert torch.allclose(maskd_kernels.maskd_loss(student, teacher, tokens), expected)

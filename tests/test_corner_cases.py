@@ -80,8 +80,10 @@ def test_subclasses_meet_no_kernel_outside_the_dispatcher(which):
         given[which] = given[which].detach().as_subclass(Tagged).requires_grad_(which == "student")
     from maskd_kernels.ops import maskd_loss as loss_op
 
-    tensors = [[x] for x in (given["teacher"], given["tokens"], given["student"])]
-    assert not loss_op.applies(loss_op.Inputs(*tensors, [weighting]), "auto")
+    inputs = loss_op.Inputs(*[[given[name]] for name in ("teacher", "tokens", "student")], [weighting])
+    call = loss_op.signature(1, inputs, inputs.tensors())
+    assert loss_op.recall(call) is None
+    assert not loss_op.applies(call, inputs)
     loss = maskd_kernels.maskd_loss(**given, weighting=maskd_kernels.MaskWeighting(*weighting))
     assert_close(loss.as_subclass(torch.Tensor), expected, 1e-6, "loss")
     loss.backward()

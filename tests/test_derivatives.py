@@ -11,6 +11,7 @@ from helpers import DEVICE, assert_close
 
 import maskd_kernels as mk
 from maskd_kernels import backends, use_backend
+from maskd_kernels.alike import Recollection
 from maskd_kernels.ops import maskd_loss as loss_op
 from maskd_kernels.ops import registration
 from maskd_kernels.ops.masked_conv import masked_conv
@@ -274,7 +275,7 @@ def test_the_backward_uses_the_backend_of_its_forward(call, backend, monkeypatch
     """Outside the block, inside another, and on another thread, which knows neither."""
     function, inputs, trained = call
     resolve, used, errors = backends.resolve, [], []
-    monkeypatch.setattr(loss_op, "_plans", {})  # a call that is recalled resolves nothing
+    monkeypatch.setattr(loss_op, "_plans", Recollection())  # a call that is recalled resolves nothing
     monkeypatch.setattr(backends, "resolve", lambda *arguments: used.append(resolve(*arguments)) or used[-1])
     other = "native" if backend == "reference" else "reference"
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from maskd_kernels import alike
 from maskd_kernels.triton import launch
 
 
@@ -102,21 +103,23 @@ def test_memory_that_is_not_returned_is_one_piece():
     assert other % launch.ALIGNMENT == (row - 129 * 4) % launch.ALIGNMENT
 
 
-@pytest.mark.parametrize("known", [None, "this"])
+@pytest.mark.parametrize("known", [False, True])
 def test_runs_anew_where_alignment_or_settings_differ(known):
     recorded = Recorded()
     (a, b), out = tensors(size=4)
     shifted = torch.zeros(5)[1:]
     assert shifted.data_ptr() % 16
 
-    def runs(*arguments):
+    def runs(maps, out, scale):
         before = recorded.runs
-        recorded.call(*arguments, known=known)
+        keywords = {"tensors": [*maps, out], "known": (len(maps), scale)} if known else {}
+        recorded.call(maps, out, scale, **keywords)
         return recorded.runs > before
 
     assert runs([a, b], out, 5)
     assert not runs([b, a], out, 5)
-    assert not runs([a, a], out, 5)
+    runs([a, a], out, 5)
+    assert not runs([b, b], out, 5)
     assert runs([a, shifted], out, 5)
     assert runs([a, b], out, 6)
     assert runs([a], out, 5)
@@ -145,10 +148,21 @@ def test_runs_anew_where_shapes_strides_or_dtypes_differ():
     assert recorded.runs == len(others) + 2
 
 
+def test_tensors_without_strides_are_refused():
+    """As by PyTorch, whose guards, by which later calls are recalled, would end the process."""
+    recorded = Recorded()
+    maps, out = tensors()
+    recorded.call(maps, out, 5)
+    with pytest.raises(RuntimeError):
+        recorded.call([maps[0], maps[1].to_sparse()], out, 5)
+    assert recorded.runs == 1
+
+
 def test_what_is_known_is_not_looked_at():
     recorded = Recorded()
     for size, known, runs in [(3, "this", 1), (3, "this", 1), (4, "that", 2), (4, "this", 2)]:
-        recorded.call(*tensors(size), 5, known=known)
+        maps, out = tensors(size)
+        recorded.call(maps, out, 5, tensors=[*maps, out], known=known)
         assert recorded.runs == runs
 
 
@@ -174,21 +188,36 @@ def test_keeps_no_tensor():
 
 
 def test_keeps_the_latest_calls(monkeypatch):
-    monkeypatch.setattr(launch, "KEPT", 2)
+    monkeypatch.setattr(alike, "KEPT", 2)
     recorded = Recorded()
     for size, runs in [(3, 1), (4, 2), (5, 3), (4, 3), (5, 3), (3, 4)]:
         recorded.call(*tensors(size), 5)
         assert recorded.runs == runs
 
 
-def test_goes_to_the_device_of_the_tensor(monkeypatch):
-    entered = []
+def test_knows_the_device_of_a_tensor(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext())
-    for name in ("cpu", "cuda:1", "cuda:0"):
-        with launch.on_device_of(SimpleNamespace(device=torch.device(name))):
-            pass
-    assert entered == [torch.device("cuda:0")]
+    places = [(False, -1), (True, 1), (True, 0)]
+    tensors = [SimpleNamespace(is_cuda=cuda, get_device=lambda index=index: index) for cuda, index in places]
+    assert [launch.is_elsewhere(x) for x in tensors] == [False, False, True]
+
+
+def test_goes_to_the_device_of_the_tensor(monkeypatch):
+    """Each time; and it still looks at the tensors then."""
+    recorded, inside = Recorded(), []
+
+    @contextlib.contextmanager
+    def on(device):
+        inside.append(device)
+        yield
+        inside.append("out")
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(launch, "is_elsewhere", lambda x: len(inside) % 2 == 0)
+    for i, (size, runs) in enumerate([(3, 1), (3, 1), (4, 2)]):
+        recorded.call(*tensors(size), 5)
+        assert inside == [torch.device("cpu"), "out"] * (i + 1)
+        assert recorded.runs == runs
 
 
 def test_a_launcher_within_another_is_part_of_it():

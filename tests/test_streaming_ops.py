@@ -148,8 +148,8 @@ def test_triton_launches_on_the_device_of_its_tensors(operator, monkeypatch):
     if reason := backends.why_unavailable("triton", DEVICE, torch.float32):
         pytest.skip(reason)
     launch = pytest.importorskip("maskd_kernels.triton.launch")
-    inputs, entered, guard = OPERATORS[operator][2]((2, 10, 7, 9)), [], launch.on_device_of
-    monkeypatch.setattr(launch, "on_device_of", lambda x: (entered.append(x), guard(x))[1])
+    inputs, entered, guard = OPERATORS[operator][2]((2, 10, 7, 9)), [], launch.is_elsewhere
+    monkeypatch.setattr(launch, "is_elsewhere", lambda x: (entered.append(x), guard(x))[1])
     with use_backend("triton"):
         outputs = flat(OPERATORS[operator][0](*inputs))
         assert [x.data_ptr() for x in entered] == [inputs[0][0].data_ptr()]

@@ -197,7 +197,7 @@ class MasKDLoss(nn.Module):
             weighting=[m.weighting for m in modules] if self.weight_mask else None,
             customize=customize,
         )
-        return self.loss_weight * loss
+        return loss if self.loss_weight == 1 else self.loss_weight * loss
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # The authors' checkpoints carry no counter.

@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import threading
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from maskd_kernels import backends, native
+from maskd_kernels.alike import Recollection
 from maskd_kernels.ops import layout
 from maskd_kernels.ops import receptive_stats as stats_op
 from maskd_kernels.ops.registration import as_saved, is_eager, is_followed, is_plain
@@ -78,51 +78,52 @@ class Plan:
     key: Any  # by which the Triton launchers recall calls; None where the plan is for one call
 
 
-_KEPT_PLANS = 1024  # images come in many sizes
-_plans: dict[Any, Plan] = {}
-_changing_plans = threading.Lock()
+_plans: Recollection[Plan] = Recollection()
+Call = tuple[tuple[Any, ...], list[Tensor]]  # settings, the asked backend first; all tensors as they were given
 
 
-def signature(channel_dim: int, given: Inputs, asked: str) -> Any:
+def signature(channel_dim: int, given: Inputs, tensors: list[Tensor]) -> Call | None:
     """All that decides whether a call is valid and how it is computed; None where something traces or watches it.
 
-    Looking a call up by it takes a fraction of the time of validating it.
+    Looking a call up by it takes a fraction of the time of validating it. It holds the backend that is asked for now:
+    another thread may ask for another one meanwhile.
     """
     if not is_eager():
         return None
-    described = [
-        (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, type(x), x.is_neg()) for x in given.tensors()
-    ]
-    return channel_dim, *map(len, given), torch.is_grad_enabled(), asked, *described
+    try:
+        strides = [*map(Tensor.stride, tensors)]
+    except (RuntimeError, TypeError):  # sparse, nested, or no tensor in a weighting
+        return None
+    settings = backends.current_backend(), channel_dim, *map(len, given), torch.is_grad_enabled(), strides[0]
+    return settings, tensors
 
 
-def recall(call: Any) -> Plan | None:
+def recall(call: Call | None) -> Plan | None:
     """The plan of an earlier call with this signature."""
-    return _plans.get(call)
+    return None if call is None else _plans.get(*call)
 
 
-def applies(inputs: Inputs, asked: str) -> bool:
-    """Whether the kernels can compute this: eager mode, and nothing but the student is trained."""
+def applies(call: Call, inputs: Inputs) -> bool:
+    """Whether the kernels can compute this: nothing but the student is trained."""
     teacher, tokens, _student, weighting = inputs
-    if not is_plain(inputs.tensors()):
+    if not is_plain(call[1]) or teacher[0].is_meta:
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in chain(teacher, tokens, *weighting)):
         return False
-    return backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype), asked) != "reference"
+    return backends.resolve(teacher[0].device, teacher[0].dtype, call[0][0]) != "reference"
 
 
-def prepare(call: Any, given: Inputs, computable: Inputs, asked: str) -> tuple[Plan, Inputs]:
+def prepare(call: Call, given: Inputs, computable: Inputs) -> tuple[Plan, Inputs]:
     """The plan, and the inputs as it takes them; recalled by the signature where these are the given ones.
 
     Args:
         call: the signature of what was given.
         given: valid inputs.
         computable: the same, features and tokens in dtypes that the kernels take.
-        asked: the backend that was asked for when the call began: another thread may ask for another meanwhile.
     """
     teacher, tokens, student, weighting = computable
     dtype = compute_dtype(teacher[0].dtype)
-    backend = backends.resolve(teacher[0].device, dtype, asked)
+    backend = backends.resolve(teacher[0].device, dtype, call[0][0])
     weighting = [[layout.as_dense(w, dtype) for w in level] for level in weighting]
     levels = []
     if backend == "native":
@@ -138,37 +139,34 @@ def prepare(call: Any, given: Inputs, computable: Inputs, asked: str) -> tuple[P
         levels = stats_op.native_levels(teacher, tokens, student, written)[0]
     n, k, pixels = teacher[0].shape[0], tokens[0].shape[0], sum(math.prod(t.shape[2:]) for t in teacher)
     taken = Inputs(teacher, tokens, student, weighting)
-    kept = call is not None and all(a is b for a, b in zip(given.tensors(), taken.tensors(), strict=True))
+    kept = all(a is b for a, b in zip(given.tensors(), taken.tensors(), strict=True))
     masks, share = (n, k, pixels), (len(teacher), n, k)
     plan = Plan(backend, dtype, masks, share, gradients, levels, object() if kept else None)
     if kept:
-        with _changing_plans:
-            while len(_plans) >= _KEPT_PLANS:
-                del _plans[next(iter(_plans))]  # the oldest
-            _plans[call] = plan
+        _plans.put(*call, plan)
     return plan, taken
 
 
-def maskd_loss(plan: Plan, inputs: Inputs, customize: bool | Tensor, eps: float) -> Tensor:
+def maskd_loss(plan: Plan, inputs: Inputs, tensors: Sequence[Tensor], customize: bool | Tensor, eps: float) -> Tensor:
     """The loss, a scalar in the compute dtype, differentiable in the student.
 
     Args:
         plan: for these inputs.
         inputs: as the plan takes them.
+        tensors: of these inputs.
         customize: whether masks are multiplied by the student's own; also a 0-dim bool on the features' device.
         eps: added to each mask's mass.
     """
     apply: Any = _FrozenLoss.apply
-    loss: Tensor = apply(plan, inputs, (customize, eps), torch.is_grad_enabled(), *inputs.student)
+    loss: Tensor = apply((plan, inputs, tensors, customize, eps, torch.is_grad_enabled()), *inputs.student)
     return loss
 
 
 def _native(
-    plan: Plan, inputs: Inputs, settings: tuple[Any, ...], gradients: list[Tensor], upstream: float
+    plan: Plan, inputs: Inputs, customize: bool | Tensor, eps: float, gradients: list[Tensor], upstream: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, masks ``[N, K, P]`` and each mask's share of the loss ``[L, N, K]``; fills the gradients, where given."""
     teacher, tokens, student, weighting = inputs
-    customize, eps = settings
     masks, share = native.empty(plan.masks, plan.dtype), native.empty(plan.share, plan.dtype)
     loss = native.empty((), plan.dtype)
     results = [g.data_ptr() for g in gradients] or [0] * len(student)
@@ -193,11 +191,14 @@ def _native(
     return loss, masks, share
 
 
-def _triton(plan: Plan, inputs: Inputs, settings: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _triton(
+    plan: Plan, inputs: Inputs, tensors: Sequence[Tensor], customize: bool | Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, masks and shares, as of the native kernel."""
-    customize, eps = settings
     flag = stats_op.as_flag(customize, inputs.teacher[0].device)
-    losses, masks, share = _triton_forward(inputs, flag, eps, known=plan.key)
+    flags = [] if flag is None else [flag]
+    known = plan.key and (plan.key, len(flags), eps)
+    losses, masks, share = _triton_forward(inputs, flag, eps, tensors=[*tensors, *flags], known=known)
     return losses.sum(), masks, share
 
 
@@ -227,20 +228,22 @@ def _triton_backward(
 class _FrozenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, inputs: Inputs, settings: tuple[Any, ...], differentiable: bool, *student: Tensor
+        ctx: Any,
+        call: tuple[Plan, Inputs, Sequence[Tensor], bool | Tensor, float, bool],
+        *_: Tensor,  # the student
     ) -> Tensor:
+        plan, inputs, tensors, customize, eps, differentiable = call
         ctx.upstream, ctx.gradients = None, []
-        teacher, tokens = inputs[:2]
         if plan.backend == "native":
-            ctx.upstream = _upstream_of(tokens[0].data_ptr())
+            ctx.upstream = _upstream_of(inputs.tokens[0].data_ptr())
             ctx.expected = ctx.upstream.last
             if differentiable and ctx.upstream.steady and any(ctx.needs_input_grad):
                 ctx.gradients = [native.empty(*g) for g in plan.gradients]
-            loss, masks, share = _native(plan, inputs, settings, ctx.gradients, ctx.expected)
+            loss, masks, share = _native(plan, inputs, customize, eps, ctx.gradients, ctx.expected)
         else:
-            loss, masks, share = _triton(plan, inputs, settings)
-        ctx.count, ctx.plan = len(teacher), plan
-        ctx.save_for_backward(*map(as_saved, chain(teacher, tokens, student)), masks, share)
+            loss, masks, share = _triton(plan, inputs, tensors, customize, eps)
+        ctx.count, ctx.plan = len(inputs.teacher), plan
+        ctx.save_for_backward(*as_saved(tensors[: 3 * ctx.count]), masks, share)
         return loss
 
     @staticmethod
@@ -257,8 +260,7 @@ class _FrozenLoss(torch.autograd.Function):
             teacher, tokens, student = (tensors[i * ctx.count : (i + 1) * ctx.count] for i in range(3))
             if ctx.plan.backend == "triton" and not through and is_plain([grad]):
                 # Not known by the plan: hooks on saved tensors may give them back in other strides.
-                gradients = _triton_backward(teacher, tokens, student, masks, share * grad)
-                return (None, None, None, None, *gradients)
+                return None, *_triton_backward(teacher, tokens, student, masks, share * grad)
             none = masks.new_empty(0)
             saved = [masks, none, none, none, none, none, none]
             upstream = [none, none, none, none, share * grad, none, none]
@@ -266,4 +268,4 @@ class _FrozenLoss(torch.autograd.Function):
             run = stats_op.reference_backward if through else torch.ops.maskd_kernels.receptive_stats_backward
             with backends.running(ctx.plan.backend):
                 gradients = run(teacher, tokens, student, saved, upstream, [False, False, True])
-        return (None, None, None, None, *gradients)
+        return None, *gradients

@@ -22,7 +22,7 @@ def is_followed(grad: Sequence[Tensor]) -> bool:
     """Whether a backward must go through PyTorch's own operations: its result is differentiated again, or batched."""
     if torch.is_grad_enabled() or is_transformed():
         return True
-    return any([torch._C._functorch.is_legacy_batchedtensor(g) for g in grad])  # is_grads_batched
+    return any(map(torch._C._functorch.is_legacy_batchedtensor, grad))  # is_grads_batched
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:
@@ -41,21 +41,25 @@ def is_eager() -> bool:
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether kernels may run outside the dispatcher: eagerly, and on memory."""
-    if not is_eager():
+    """Whether kernels may run outside the dispatcher: eagerly, and on what lies in memory, if on no meta device."""
+    if not is_eager() or not _PLAIN.issuperset(map(type, tensors)):
         return False
-    # Negated views hold the opposite of their values in memory.
-    return _PLAIN.issuperset(map(type, tensors)) and not any([x.is_neg() or x.is_meta for x in tensors])
+    return not any(map(Tensor.is_neg, tensors))  # negated views hold the opposite of their values in memory
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 
-def as_saved(x: Tensor) -> Tensor:
-    """The tensor as autograd saves it: one made in inference mode is seen by another tensor with the same memory."""
-    if type(x) is not Tensor or not x.is_inference():
-        return x
-    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+def as_saved(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The tensors as autograd saves them: one made in inference mode is seen by another one with the same memory."""
+    if not any(map(Tensor.is_inference, tensors)):
+        return tensors
+    return [
+        x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+        if type(x) is Tensor and x.is_inference()
+        else x
+        for x in tensors
+    ]
 
 
 class Backward(NamedTuple):
@@ -107,45 +111,50 @@ class Operator:
             of_tensors = [(span, kind if kind in (list, Tensor) else None) for span, kind in ctx.places]
             return _pack(of_tensors, self.differentiate(ctx, needs, grad, direct=False))
 
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            self.save(ctx, *_spread(inputs), inputs, output)
+
         def second_derivative(ctx: Any, *grad: Any) -> None:
             raise NotImplementedError(f"{name}_backward: has no derivative; differentiate {name} twice instead")
 
         torch.library.impl(f"maskd_kernels::{name}", "CompositeExplicitAutograd", forward)
         torch.library.impl(f"maskd_kernels::{name}_backward", "CompositeExplicitAutograd", backward)
-        torch.library.register_autograd(f"maskd_kernels::{name}", traced, setup_context=self.save)
+        torch.library.register_autograd(f"maskd_kernels::{name}", traced, setup_context=setup_context)
         torch.library.register_autograd(f"maskd_kernels::{name}_backward", second_derivative)
 
     def __call__(self, *arguments: Any) -> Any:
         """The operator's result, differentiable."""
-        tensors, compiling = _flatten(arguments), torch.compiler.is_compiling()
-        if not compiling and any([x.is_inference() for x in tensors]):
-            tensors = [as_saved(x) for x in tensors]
-            arguments = _pack(_places_in(arguments), tensors)
+        tensors, places = _spread(arguments)
+        if is_plain(tensors) and not tensors[0].is_meta and not self._is_small(arguments):
+            if not torch.is_grad_enabled() or not any([x.requires_grad for x in tensors]):
+                return self.forward(*arguments)
+            of_results: list[_Place] = []
+            results = _pack(of_results, self._function.apply((self, arguments, places, of_results), *tensors))
+            return results if len(results) > 1 else results[0]
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            arguments = _pack(places, as_saved(tensors))
         if is_transformed():
             with full_precision(tensors[0]):
                 return self.reference(*arguments)
         # Compiled code takes the backend that is set when it runs, which is not known while it is traced.
         if not compiling and self._is_small(arguments):
             return self.reference(*arguments)
-        if not is_plain(tensors):
-            return _registered(self.name)(*arguments)
-        if not torch.is_grad_enabled() or not any([x.requires_grad for x in tensors]):
-            return self.forward(*arguments)
-        places: list[_Place] = []
-        results = _pack(places, self._function.apply(self, arguments, places, *tensors))
-        return results if len(results) > 1 else results[0]
+        return _registered(self.name)(*arguments)
 
     def _is_small(self, arguments: tuple[Any, ...]) -> bool:
         """Whether PyTorch's own operations are faster on a CPU, as calling the kernels costs more than it saves."""
-        if not self.small or backends.current_backend() != "auto":
-            return False
         levels: list[Tensor] = arguments[0]
-        return levels[0].is_cpu and sum([x.numel() for x in levels]) < self.small
+        if not self.small or not levels[0].is_cpu or backends.current_backend() != "auto":
+            return False
+        return sum([x.numel() for x in levels]) < self.small
 
-    def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """What the backward needs, in ``ctx``, as ``torch.library.register_autograd`` calls it."""
-        ctx.places, ctx.asked = _places_in(inputs), backends.current_backend()
-        ctx.save_for_backward(*_flatten(inputs), *self.keep(ctx, inputs, output))
+    def save(
+        self, ctx: Any, tensors: Sequence[Tensor], places: list[_Place], inputs: tuple[Any, ...], output: Any
+    ) -> None:
+        """What the backward needs, in ``ctx``: the tensors among the inputs, and what ``keep`` chooses."""
+        ctx.places, ctx.asked = places, backends.current_backend()
+        ctx.save_for_backward(*tensors, *self.keep(ctx, inputs, output))
 
     def differentiate(self, ctx: Any, needs: list[bool], grad: Sequence[Any], direct: bool) -> list[Any]:
         """A gradient or None for each tensor; ``direct``: from the kernels where they may run."""
@@ -157,8 +166,11 @@ class Operator:
             run = self.backward if direct and is_plain(given) else _registered(f"{self.name}_backward")
             with backends.running(ctx.asked):
                 gradients = self.autograd(Backward(arguments, kept, needs, run), *grad)
-        rest, spans = iter(gradients), [span for span, _ in ctx.places]
-        return [next(rest) if needed else None for span, needed in zip(spans, needs, strict=True) for _ in saved[span]]
+        if all(needs):
+            return list(gradients)
+        rest = iter(gradients)
+        of_all = zip(ctx.places, needs, strict=True)
+        return [next(rest) if needed else None for (span, _), needed in of_all for _ in saved[span]]
 
     def _through_reference(self, arguments: tuple[Any, ...], needs: list[bool], grad: list[Any]) -> Sequence[Any]:
         """The gradients as PyTorch derives them from the reference: it can go on from there."""
@@ -204,18 +216,20 @@ def _flatten(items: Sequence[Any]) -> list[Tensor]:
 _Place = tuple[slice, Any]  # where the tensors of an item are in a list of all; list, Tensor, or an item without
 
 
-def _places_in(items: Sequence[Any]) -> list[_Place]:
+def _spread(items: Sequence[Any]) -> tuple[list[Tensor], list[_Place]]:
+    """The tensors among the items, and in those that are lists; and where each item's are."""
+    tensors: list[Tensor] = []
     places: list[_Place] = []
-    start = 0
     for item in items:
-        size, kind = 0, item
+        start, kind = len(tensors), item
         if isinstance(item, (list, tuple)):
-            size, kind = len(item), list
+            kind = list
+            tensors += item
         elif isinstance(item, Tensor):
-            size, kind = 1, Tensor
-        places.append((slice(start, start + size), kind))
-        start += size
-    return places
+            kind = Tensor
+            tensors.append(item)
+        places.append((slice(start, len(tensors)), kind))
+    return tensors, places
 
 
 def _pack(places: Sequence[_Place], tensors: Sequence[Any]) -> tuple[Any, ...]:
@@ -228,17 +242,18 @@ def _pack(places: Sequence[_Place], tensors: Sequence[Any]) -> tuple[Any, ...]:
 class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, operator: Operator, arguments: tuple[Any, ...], places: list[_Place], *_: Tensor
+        ctx: Any, call: tuple[Operator, tuple[Any, ...], list[_Place], list[_Place]], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
+        operator, arguments, places, of_results = call
         output = operator.forward(*arguments)
-        operator.save(ctx, arguments, output)
-        outputs = output if isinstance(output, tuple) else (output,)
-        places += _places_in(outputs)
-        ctx.operator, ctx.outputs = operator, places
-        return tuple(_flatten(outputs))
+        operator.save(ctx, as_saved(tensors), places, arguments, output)
+        results, found = _spread(output if isinstance(output, tuple) else (output,))
+        of_results += found
+        ctx.operator, ctx.outputs = operator, of_results
+        return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor | None) -> tuple[Any, ...]:
-        flags = ctx.needs_input_grad[3:]
+        flags = ctx.needs_input_grad[1:]
         needs = [any(flags[span]) for span, _ in ctx.places]
-        return None, None, None, *ctx.operator.differentiate(ctx, needs, _pack(ctx.outputs, grad), direct=True)
+        return None, *ctx.operator.differentiate(ctx, needs, _pack(ctx.outputs, grad), direct=True)

@@ -14,7 +14,6 @@ from torch import Tensor
 from maskd_kernels import backends, native, reference
 from maskd_kernels.ops import layout
 from maskd_kernels.ops.registration import Operator
-from maskd_kernels.reference import compute_dtype
 from maskd_kernels.triton.launch import made, recalled
 
 _NAME = "maskd_kernels::scale_pixels"
@@ -46,7 +45,7 @@ torch.library.register_fake(_NAME, _fake)
 
 
 def _forward(x: list[Tensor], scale: list[Tensor]) -> list[Tensor]:
-    backend = backends.resolve(x[0].device, compute_dtype(x[0].dtype))
+    backend = backends.resolve(x[0].device, x[0].dtype)
     if backend == "triton":
         return list(_triton_forward(x, scale))
     out = layout.empty_like(x, pooled=backend == "native")
@@ -88,7 +87,7 @@ torch.library.register_fake(_BACKWARD_NAME, _backward_fake)
 
 
 def _backward(x: list[Tensor], scale: list[Tensor], grad: list[Tensor], needs: list[bool]) -> list[Tensor]:
-    backend = backends.resolve(x[0].device, compute_dtype(x[0].dtype))
+    backend = backends.resolve(x[0].device, x[0].dtype)
     if backend == "triton":
         return list(_triton_backward(x, scale, grad, needs))
     grad_x, grad_scale = results = _empty_gradients(x, scale, needs, pooled=backend == "native")

@@ -10,8 +10,6 @@ each call; likewise by Triton's interpreter, where nothing is compiled.
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import partial, reduce, wraps
@@ -22,7 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-KEPT = 1024  # calls of each launcher: images come in many sizes
+from maskd_kernels.alike import Recollection
+
 ALIGNMENT = 512  # bytes, of each piece of memory: PyTorch's on a GPU
 _USUAL = {Tensor, torch.nn.Parameter}
 
@@ -42,7 +41,7 @@ class _Call(NamedTuple):
         """Does the same with these tensors. Adds to both lists."""
         new = [make() for make in self.makes]
         tensors += new
-        addresses += [x.data_ptr() for x in new]
+        addresses += map(Tensor.data_ptr, new)
         for place, offset in self.parts:
             addresses.append(addresses[place] + offset)
         for run, values, getters in self.launches:
@@ -108,15 +107,13 @@ def _getter(value: Any, places: dict[int, int]) -> Getter | None:
 
 
 _notes: ContextVar[_Notes | None] = ContextVar("notes", default=None)  # that are being taken
-_recalled: list[dict[Any, Any]] = []
-_changing = threading.Lock()
+_recalled: list[Recollection[_Call]] = []
 
 
 def forget() -> None:
     """Has every launcher run again at its next call."""
-    with _changing:
-        for calls in _recalled:
-            calls.clear()
+    for calls in _recalled:
+        calls.clear()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
@@ -163,12 +160,9 @@ def _flatten(nested: Sequence[Any], tensors: list[Tensor], rest: list[Any]) -> l
     return tensors
 
 
-def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Has launches go to the tensor's device, whichever is the current one."""
-    device = x.device
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
+def is_elsewhere(x: Tensor) -> bool:
+    """Whether the tensor is on another device than the current one, where launches go."""
+    return x.is_cuda and x.get_device() != torch.cuda.current_device()
 
 
 def recalled(launcher: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,46 +171,47 @@ def recalled(launcher: Callable[..., Any]) -> Callable[..., Any]:
     The launcher takes tensors, hashable settings, None, and nested sequences of these; it returns None, a tensor that
     it was given or has made, or a tuple of such. It must not look at what tensors hold, nor which are the same.
 
-    The keyword ``known`` of the recalled launcher: something hashable that decides shapes, strides, dtypes and devices
-    of all tensors; only their alignment is then looked at.
+    Who knows a call already gives the recalled launcher the keywords ``tensors``, all of them in order, and ``known``,
+    something hashable that decides everything but their alignment and how those to be ``looked_at`` look.
     """
-    calls: dict[Any, _Call] = {}
+    calls: Recollection[_Call] = Recollection()
     _recalled.append(calls)
 
     @wraps(launcher)
-    def call(*arguments: Any, known: Any = None) -> Any:
+    def call(
+        *arguments: Any, tensors: Sequence[Tensor] = (), looked_at: Sequence[Tensor] = (), known: Any = None
+    ) -> Any:
         if _notes.get() is not None:  # part of another launcher
             return launcher(*arguments)
-        rest: list[Any] = []
-        tensors = _flatten(arguments, [], rest)
-        addresses = list(map(Tensor.data_ptr, tensors))
         if known is None:
-            known = tuple([(x.shape, x.stride(), x.dtype, x.device) for x in tensors])
+            rest: list[Any] = []
+            looked_at = tensors = _flatten(arguments, [], rest)
+            known = tensors[0].shape, *rest
+        if is_elsewhere(tensors[0]):
+            with torch.cuda.device(tensors[0].device):
+                return call(*arguments, tensors=tensors, looked_at=looked_at, known=known)
+        addresses = [*map(Tensor.data_ptr, tensors)]  # RuntimeError where there is no memory to stride over
         # Triton compiles for memory that begins on a multiple of 16 bytes, or not.
         odd = reduce(or_, addresses) & 15 and tuple([address & 15 > 0 for address in addresses])
-        key = known, odd, *rest
-        noted = calls.get(key)
+        key: Any = known, odd
+        noted = calls.get(key, looked_at)
         if noted is None:
             # Notes tell tensors apart by their ids: those of a call with one twice are for such calls alone.
             ids = [*map(id, tensors)]
             if len(set(ids)) < len(ids):
                 key = key, tuple(map(ids.index, ids))
-                noted = calls.get(key)
-        with on_device_of(tensors[0]):
-            if noted is not None:
-                return noted.repeat(tensors, addresses)
-            notes = _Notes([], [], [])
-            before = _notes.set(notes)
-            try:
-                result = launcher(*arguments)
-            finally:
-                _notes.reset(before)
-            noted = notes.call(tensors, result)
+                noted = calls.get(key, looked_at)
         if noted is not None:
-            with _changing:
-                while len(calls) >= KEPT:
-                    del calls[next(iter(calls))]  # the oldest
-                calls[key] = noted
+            return noted.repeat([*tensors], addresses)
+        notes = _Notes([], [], [])
+        before = _notes.set(notes)
+        try:
+            result = launcher(*arguments)
+        finally:
+            _notes.reset(before)
+        noted = notes.call(tensors, result)
+        if noted is not None:
+            calls.put(key, looked_at, noted)
         return result
 
     return call
