@@ -115,6 +115,12 @@ def test_streaming(name, dtype, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("flag", [False, True])
+def test_statistics_customized(flag, layout):
+    check_statistics(6, FLOAT32, layout, customize=torch.tensor(flag))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_statistics_without_student(layout):
     for shapes in MAPS.values():
         teacher = [features(s, FLOAT32, layout) for s in shapes]
