@@ -6,6 +6,7 @@ Results are compared with float64 by the functions, and with the tolerances, tha
 import contextlib
 import re
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import ptx_arithmetic
@@ -16,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 from helpers import assert_close, check_stats, features
-from ptx import PtxError, execution
+from ptx import PtxError, execution, parse
+from ptx_steps import make_step
 from triton import knobs
 
 from maskd_kernels import maskd_loss, use_backend
@@ -422,3 +424,30 @@ def test_arithmetic(opcode, operands, expected):
         np.array([[x]]).astype(ptx_arithmetic.DTYPES[k]) for x, k in zip(operands, operation.operands, strict=True)
     ]
     assert operation.function(*arrays) == np.array(expected).astype(ptx_arithmetic.DTYPES[operation.result])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("eq", [True, True, False, False]),
+        ("neu", [False, False, True, True]),
+        ("lt", [False, False, False, False]),
+        ("leu", [True, True, False, True]),
+    ],
+)
+def test_comparison_of_pairs(name, expected):
+    """Two halves at a time, the lower one first."""
+    low = np.array([0.0, -0.0, 1.0, np.nan], np.float16)
+    high, zero = low[::-1], np.zeros(4, np.float16)
+    source = f"""
+.visible .entry kernel() .reqntid 32
+{{
+    .reg .pred %p<3>; .reg .b32 %r<3>;
+    setp.{name}.f16x2 %p1|%p2, %r1, %r2;
+}}"""
+    program = parse(source)
+    pairs = [np.stack(x, 1).reshape(1, -1).view(np.uint32) for x in ((low, high), (zero, zero))]
+    batch = SimpleNamespace(registers=dict(zip(("%r1", "%r2"), pairs, strict=True)))
+    make_step(program.instructions[0], program)(batch)
+    assert batch.registers["%p1"].tolist() == [expected]
+    assert batch.registers["%p2"].tolist() == [expected[::-1]]
