@@ -21,10 +21,10 @@ from ptx import PtxError, execution, parse
 from ptx_steps import make_step
 from triton import knobs
 
-from maskd_kernels import maskd_loss, use_backend
+from maskd_kernels import BackendUnavailableError, attention_stats, maskd_loss, use_backend
 from maskd_kernels.triton.launch import forget
 
-FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 
 # The assembler has nothing to do here: its output is not what is executed.
 knobs.runtime.add_stages_inspection_hook = lambda self, stages, *_: stages.update(cubin=lambda source, metadata: b"")
@@ -117,6 +117,12 @@ def test_streaming(name, dtype, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_streaming_signs_of_halves(layout):
+    """Compared in pairs."""
+    check_operator("attention_stats", FLOAT16, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("flag", [False, True])
 def test_statistics_customized(flag, layout):
     check_statistics(6, FLOAT32, layout, customize=torch.tensor(flag))
@@ -147,6 +153,12 @@ def test_saved_tensors_in_another_layout(first):
         forget()
         for hooked in (first, not first, not first):
             assert_close(gradient(hooked), expected, 1e-5, "gradient")
+
+
+def test_a_batch_beyond_the_limits_of_a_grid():
+    x = torch.randn(65536, 1, 1, 1)
+    with execution(), pytest.raises(BackendUnavailableError, match="at most 65535 images, got 65536"):
+        attention_stats(x)
 
 
 ODD = {"one": [(2, 24, 8, 16), (2, 10, 5, 7)], "even": [(1, 64, 8, 16)]}  # whose channels fill whole steps

@@ -108,7 +108,8 @@ def applies(inputs: Inputs, asked: str) -> bool:
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in chain(teacher, tokens, *weighting)):
         return False
-    return backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype), asked) != "reference"
+    dtype, images = compute_dtype(teacher[0].dtype), teacher[0].shape[0]
+    return backends.resolve(teacher[0].device, dtype, asked, images) != "reference"
 
 
 def prepare(call: Any, given: Inputs, computable: Inputs, asked: str) -> tuple[Plan, Inputs]:
@@ -122,7 +123,7 @@ def prepare(call: Any, given: Inputs, computable: Inputs, asked: str) -> tuple[P
     """
     teacher, tokens, student, weighting = computable
     dtype = compute_dtype(teacher[0].dtype)
-    backend = backends.resolve(teacher[0].device, dtype, asked)
+    backend = backends.resolve(teacher[0].device, dtype, asked, teacher[0].shape[0])
     weighting = [[layout.as_dense(w, dtype) for w in level] for level in weighting]
     levels = []
     if backend == "native":

@@ -113,7 +113,7 @@ def forward(
     sums: bool,
 ) -> ReceptiveStats:
     """What ``receptive_stats`` returns, not differentiable."""
-    backend = backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype))
+    backend = backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype), images=teacher[0].shape[0])
     if backend == "reference":
         with full_precision(teacher[0]):
             return reference.receptive_stats(teacher, tokens, student, customize, sums)
@@ -188,7 +188,7 @@ def _backward(
     grad: list[Tensor],  # likewise, upstream; empty where there is none
     needs: list[bool],  # teacher, tokens, student
 ) -> list[Tensor]:
-    backend = backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype))
+    backend = backends.resolve(teacher[0].device, compute_dtype(teacher[0].dtype), images=teacher[0].shape[0])
     upstream = [g.contiguous() if g.numel() else None for g in grad]
     if backend == "triton":
         return list(triton_backward(teacher, tokens, student, saved, upstream, needs))
