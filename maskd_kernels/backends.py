@@ -17,6 +17,8 @@ from maskd_kernels import native
 BACKENDS = ("auto", "reference", "native", "triton")
 OLDEST_TRITON = (3, 4)  # the first whose kernels take tuples: PyTorch 2.8's
 
+TRITON_IMAGES = 65535  # of a batch, at most: CUDA's limit on the second axis of a grid
+
 
 class BackendUnavailableError(RuntimeError):
     """A backend was forced that cannot run here or cannot take these tensors."""
@@ -42,8 +44,8 @@ class use_backend:
     Second derivatives, forward-mode AD and functorch's transforms are the reference's, whatever is forced.
 
     Args:
-        name: ``auto`` (CUDA tensors: triton; CPU tensors: native, else reference; anything else: reference),
-            ``reference``, ``native`` or ``triton``.
+        name: ``auto`` (CUDA tensors: triton, but float64 and batches of more than 65535 images reference; CPU
+            tensors: native, else reference; anything else: reference), ``reference``, ``native`` or ``triton``.
 
     Raises:
         ValueError: for another name.
@@ -123,8 +125,8 @@ def why_no_triton(device_type: str) -> str | None:
     return None
 
 
-def why_unavailable(name: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """The reason a backend cannot take tensors of this device type and compute dtype; None where it can."""
+def why_unavailable(name: str, device_type: str, dtype: torch.dtype, images: int = 1) -> str | None:
+    """The reason a backend cannot take batches of this device type, compute dtype and size; None where it can."""
     if name == "native":
         if device_type != "cpu":
             return f"it runs on CPU tensors, got {device_type}"
@@ -132,30 +134,33 @@ def why_unavailable(name: str, device_type: str, dtype: torch.dtype) -> str | No
     if name == "triton":
         if dtype == torch.float64:
             return "it computes in float32, got float64 tensors"
+        if images > TRITON_IMAGES:
+            return f"it takes batches of at most {TRITON_IMAGES} images, got {images}"
         return why_no_triton(device_type)
     return None
 
 
-def resolve(device: torch.device, dtype: torch.dtype, asked: str | None = None) -> str:
+def resolve(device: torch.device, dtype: torch.dtype, asked: str | None = None, images: int = 1) -> str:
     """The backend for tensors on this device that are computed in this dtype.
 
     Args:
         device: of the tensors.
         dtype: of the computation, or of the features: float64 alone makes a difference.
         asked: what ``current_backend()`` was when the call began; None: what it is now.
+        images: in the batch.
 
     Raises:
         BackendUnavailableError: when a forced backend cannot run, with the reason.
     """
-    return _resolved(asked or current_backend(), device, dtype)
+    return _resolved(asked or current_backend(), device, dtype, images)
 
 
-@functools.cache  # every call pays for this
-def _resolved(asked: str, device: torch.device, dtype: torch.dtype) -> str:
+@functools.lru_cache(1024)  # every call pays for this
+def _resolved(asked: str, device: torch.device, dtype: torch.dtype, images: int) -> str:
     if asked != "auto":
-        reason = why_unavailable(asked, device.type, dtype)
+        reason = why_unavailable(asked, device.type, dtype, images)
         if reason is not None:
             raise BackendUnavailableError(f"backend {asked!r} was asked for but is unavailable: {reason}")
         return asked
     preferred = {"cuda": "triton", "cpu": "native"}.get(device.type, "reference")
-    return preferred if why_unavailable(preferred, device.type, dtype) is None else "reference"
+    return preferred if why_unavailable(preferred, device.type, dtype, images) is None else "reference"

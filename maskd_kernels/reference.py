@@ -59,6 +59,17 @@ def tap_windows(spatial: Sequence[int], like: Tensor) -> Tensor:
     return windows.flatten(2).flatten(0, 1)
 
 
+def is_customized(customize: Tensor | None, student: Sequence[Tensor]) -> bool:
+    """Whether the student's own masks come into it, as ``customize`` then says.
+
+    Raises:
+        ValueError: there is no student whose masks these would be.
+    """
+    if customize is not None and not student:
+        raise ValueError("customize: expected None where there is no student, got a bool tensor")
+    return customize is not None
+
+
 def receptive_stats(
     teacher: Sequence[Tensor],  # L x [N, C, *spatial]
     tokens: Sequence[Tensor],  # L x [K, C], or none: distance and sums only
@@ -67,7 +78,7 @@ def receptive_stats(
     sums: bool = False,
 ) -> ReceptiveStats:
     """The statistics of every MasKD loss (arXiv 2205.14589, equations 3-6), differentiable by autograd."""
-    dtype = compute_dtype(teacher[0].dtype)
+    dtype, customized = compute_dtype(teacher[0].dtype), is_customized(customize, student)
     num_tokens = tokens[0].shape[0] if tokens else 0
     empty = torch.empty(0, dtype=dtype, device=teacher[0].device)
     levels: list[ReceptiveStats] = []
@@ -88,7 +99,7 @@ def receptive_stats(
         levels.append(
             ReceptiveStats(
                 masks,
-                teacher_masks if customize is not None else empty,
+                teacher_masks if customized else empty,
                 distance,
                 masks.sum(-1),
                 error,

@@ -6,6 +6,7 @@ Results are compared with float64 by the functions, and with the tolerances, tha
 import contextlib
 import re
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import ptx_arithmetic
@@ -16,13 +17,14 @@ import torch
 import triton
 import triton.language as tl
 from helpers import assert_close, check_stats, features
-from ptx import PtxError, execution
+from ptx import PtxError, execution, parse
+from ptx_steps import make_step
 from triton import knobs
 
-from maskd_kernels import maskd_loss, use_backend
+from maskd_kernels import BackendUnavailableError, attention_stats, maskd_loss, use_backend
 from maskd_kernels.triton.launch import forget
 
-FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 
 # The assembler has nothing to do here: its output is not what is executed.
 knobs.runtime.add_stages_inspection_hook = lambda self, stages, *_: stages.update(cubin=lambda source, metadata: b"")
@@ -115,6 +117,18 @@ def test_streaming(name, dtype, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_streaming_signs_of_halves(layout):
+    """Compared in pairs."""
+    check_operator("attention_stats", FLOAT16, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("flag", [False, True])
+def test_statistics_customized(flag, layout):
+    check_statistics(6, FLOAT32, layout, customize=torch.tensor(flag))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_statistics_without_student(layout):
     for shapes in MAPS.values():
         teacher = [features(s, FLOAT32, layout) for s in shapes]
@@ -139,6 +153,12 @@ def test_saved_tensors_in_another_layout(first):
         forget()
         for hooked in (first, not first, not first):
             assert_close(gradient(hooked), expected, 1e-5, "gradient")
+
+
+def test_a_batch_beyond_the_limits_of_a_grid():
+    x = torch.randn(65536, 1, 1, 1)
+    with execution(), pytest.raises(BackendUnavailableError, match="at most 65535 images, got 65536"):
+        attention_stats(x)
 
 
 ODD = {"one": [(2, 24, 8, 16), (2, 10, 5, 7)], "even": [(1, 64, 8, 16)]}  # whose channels fill whole steps
@@ -416,3 +436,30 @@ def test_arithmetic(opcode, operands, expected):
         np.array([[x]]).astype(ptx_arithmetic.DTYPES[k]) for x, k in zip(operands, operation.operands, strict=True)
     ]
     assert operation.function(*arrays) == np.array(expected).astype(ptx_arithmetic.DTYPES[operation.result])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("eq", [True, True, False, False]),
+        ("neu", [False, False, True, True]),
+        ("lt", [False, False, False, False]),
+        ("leu", [True, True, False, True]),
+    ],
+)
+def test_comparison_of_pairs(name, expected):
+    """Two halves at a time, the lower one first."""
+    low = np.array([0.0, -0.0, 1.0, np.nan], np.float16)
+    high, zero = low[::-1], np.zeros(4, np.float16)
+    source = f"""
+.visible .entry kernel() .reqntid 32
+{{
+    .reg .pred %p<3>; .reg .b32 %r<3>;
+    setp.{name}.f16x2 %p1|%p2, %r1, %r2;
+}}"""
+    program = parse(source)
+    pairs = [np.stack(x, 1).reshape(1, -1).view(np.uint32) for x in ((low, high), (zero, zero))]
+    batch = SimpleNamespace(registers=dict(zip(("%r1", "%r2"), pairs, strict=True)))
+    make_step(program.instructions[0], program)(batch)
+    assert batch.registers["%p1"].tolist() == [expected]
+    assert batch.registers["%p2"].tolist() == [expected[::-1]]

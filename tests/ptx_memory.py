@@ -167,14 +167,22 @@ class GlobalMemory(Memory):
             self.mark(x)
 
     def mark(self, x):
-        """The elements of a tensor are there; those that hold what PyTorch fills new memory with, nobody wrote."""
+        """The elements of a tensor are there; those that hold what PyTorch fills new memory with, nobody wrote.
+
+        Bools count as written: they have no value to spare.
+        """
         if not x.numel():
             return
         offset = x.storage_offset() * x.element_size()
         start = self.places[x.untyped_storage().data_ptr()][0] + offset
         kind = f"u{x.element_size()}"
         strides = [s * x.element_size() for s in x.stride()]
-        fresh = x.detach().isnan() if x.is_floating_point() else x == torch.iinfo(x.dtype).max
+        if x.is_floating_point():
+            fresh = x.detach().isnan()
+        elif x.dtype == torch.bool:
+            fresh = torch.zeros_like(x)
+        else:
+            fresh = x == torch.iinfo(x.dtype).max
         state = np.ndarray(tuple(x.shape), kind, self.state.data, start, strides)
         state |= np.where(fresh.numpy(), 0x0101010101010101, 0x0303030303030303).astype(kind)
 

@@ -8,7 +8,7 @@ import re
 from typing import NamedTuple
 
 import numpy as np
-from ptx_arithmetic import DTYPES, find, from_bfloat16
+from ptx_arithmetic import COMPARISONS, DTYPES, comparison, find, from_bfloat16
 from ptx_memory import SHARED_BASE, WARP, PtxError
 
 POISON = 0xFF  # every byte of a register that was not set: NaN
@@ -192,6 +192,23 @@ def pack(instruction, program):
         write(batch, functools.reduce(np.bitwise_or, shifted))
 
     return join
+
+
+@step(rf"setp\.{COMPARISONS}\.f16x2")
+def compare_pairs(instruction, program, name):
+    """Two predicates: of the lower halves, and of the upper ones."""
+    *targets, a, b = instruction.operands
+    if instruction.guard or len(targets) != 2:
+        raise PtxError(f"instruction not covered: {instruction.text}")
+    reads, compare = [reader(x, "f16x2", program) for x in (a, b)], comparison(name, "f16")
+
+    def run(batch):
+        pairs = [np.ascontiguousarray(read(batch)) for read in reads]
+        halves = [x.view(np.float16).reshape(*x.shape, 2) for x in pairs]
+        for i, target in enumerate(targets):
+            batch.registers[target] = compare(*[x[..., i] for x in halves])
+
+    return run
 
 
 # Hints that change no result.

@@ -95,3 +95,41 @@ def test_a_plan_is_made_for_the_backend_of_its_key(monkeypatch):
     assert "auto" in settings
     assert plan.backend != "reference"
     assert torch.allclose(maskd_kernels.maskd_loss(student, teacher, tokens), expected)
+
+
+def of_three_images(channels=5):
+    return torch.randn(3, channels, 4, 4, device=DEVICE)
+
+
+CALLS = {
+    "maskd_loss": lambda x: maskd_kernels.maskd_loss(x, of_three_images(), torch.randn(2, 5, device=DEVICE)),
+    "receptive_masks": lambda x: maskd_kernels.receptive_masks(x, torch.randn(2, 5, device=DEVICE)),
+    "scale_pixels": lambda x: maskd_kernels.scale_pixels(x, torch.ones(3, 4, 4, device=DEVICE)),
+    "squared_error": lambda x: maskd_kernels.squared_error(x, of_three_images()),
+    "attention_stats": lambda x: sum(y.sum() for y in maskd_kernels.attention_stats(x)),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_batches_larger_than_a_grid_of_triton_can_be(call, monkeypatch):
+    """Forced, it says so; what is chosen automatically is another backend."""
+    if reason := backends.why_unavailable("triton", DEVICE, torch.float32):
+        pytest.skip(reason)
+    function, x = CALLS[call], of_three_images().requires_grad_()
+    monkeypatch.setattr(backends, "TRITON_IMAGES", 2)
+    with use_backend("triton"):
+        with pytest.raises(maskd_kernels.BackendUnavailableError, match=r"batches of at most 2 images, got 3$"):
+            function(x)
+        monkeypatch.setattr(backends, "TRITON_IMAGES", 3)
+        total = function(x).sum()
+        monkeypatch.setattr(backends, "TRITON_IMAGES", 2)
+        if call != "maskd_loss":  # whose backward is that of its plan
+            with pytest.raises(maskd_kernels.BackendUnavailableError, match=r"batches of at most 2 images, got 3$"):
+                total.backward()
+
+
+@pytest.mark.skipif(backends.why_no_triton("cuda") is not None, reason="triton is not installed")
+@pytest.mark.parametrize(("images", "expected"), [(1, "triton"), (65535, "triton"), (65536, "reference")])
+def test_the_backend_of_a_batch(images, expected):
+    with use_backend("auto"):
+        assert backends.resolve(torch.device("cuda"), torch.float32, images=images) == expected

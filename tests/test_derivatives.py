@@ -276,7 +276,7 @@ def test_the_backward_uses_the_backend_of_its_forward(call, backend, monkeypatch
     function, inputs, trained = call
     resolve, used, errors = backends.resolve, [], []
     monkeypatch.setattr(loss_op, "_plans", Recollection())  # a call that is recalled resolves nothing
-    monkeypatch.setattr(backends, "resolve", lambda *arguments: used.append(resolve(*arguments)) or used[-1])
+    monkeypatch.setattr(backends, "resolve", lambda *x, **named: used.append(resolve(*x, **named)) or used[-1])
     other = "native" if backend == "reference" else "reference"
 
     def backward():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import DEVICE, assert_close, check_stats, features
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskd_kernels import BackendUnavailableError, backends, native, use_backend
 from maskd_kernels.ops.receptive_stats import receptive_stats
@@ -130,6 +131,33 @@ def test_levels_equal_single_calls(backend):
 def test_without_student(backend):
     t, e, _ = problem((2, 10, 7, 9))
     check_stats(backend, t, e, [])
+
+
+NO_STUDENT = r"customize: expected None where there is no student, got a bool tensor"
+
+
+@pytest.mark.parametrize("flag", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_customized_by_no_student(backend, flag, grad):
+    t, e, _ = problem((2, 10, 7, 9))
+    t[0].requires_grad_(grad), e[0].requires_grad_(grad)
+    customize = torch.tensor(flag, device=DEVICE)
+    with pytest.raises(ValueError, match=f"^{NO_STUDENT}"):
+        receptive_stats(t, e, [], customize)
+    with pytest.raises(ValueError, match=f"^{NO_STUDENT}"):
+        torch.ops.maskd_kernels.receptive_stats(t, e, [], customize, False)
+
+
+def test_customized_by_no_student_while_traced(backend):
+    t, e, _ = (x[0].detach() for x in problem((2, 10, 7, 9)))
+    customize = torch.tensor(True, device=DEVICE)
+    with pytest.raises(ValueError, match=f"^{NO_STUDENT}"):
+        torch.func.vmap(lambda x: receptive_stats([x], [e], [], customize))(t[None])
+    with pytest.raises(ValueError, match=f"^{NO_STUDENT}"), FakeTensorMode(allow_non_fake_inputs=True):
+        receptive_stats([t], [e], [], customize)
+    compiled = torch.compile(lambda x: receptive_stats([x], [e], [], customize).mass, fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException, match=NO_STUDENT):
+        compiled(t)
 
 
 def test_distance_alone(backend):

@@ -56,7 +56,7 @@ torch.library.register_fake(_NAME, _fake)
 
 
 def _forward(x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    backend = backends.resolve(x[0].device, x[0].dtype)
+    backend = backends.resolve(x[0].device, x[0].dtype, images=x[0].shape[0])
     if backend == "triton":
         attention, mean = _triton_forward(x)
         return list(attention), list(mean)
@@ -94,7 +94,7 @@ torch.library.register_fake(_BACKWARD_NAME, _backward_fake)
 
 
 def _backward(x: list[Tensor], grad_attention: list[Tensor], grad_mean: list[Tensor]) -> list[Tensor]:
-    backend = backends.resolve(x[0].device, x[0].dtype)
+    backend = backends.resolve(x[0].device, x[0].dtype, images=x[0].shape[0])
     grad_attention, grad_mean = [g.contiguous() for g in grad_attention], [g.contiguous() for g in grad_mean]
     if backend == "triton":
         return list(_triton_backward(x, grad_attention, grad_mean))

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from maskd_kernels import backends, native
-from maskd_kernels.alike import Recollection
+from maskd_kernels.alike import Recollection, described
 from maskd_kernels.ops import layout
 from maskd_kernels.ops import receptive_stats as stats_op
 from maskd_kernels.ops.registration import as_saved, is_eager, is_followed, is_plain
@@ -79,10 +79,9 @@ class Plan:
 
 
 _plans: Recollection[Plan] = Recollection()
-Call = tuple[tuple[Any, ...], list[Tensor]]  # settings, the asked backend first; all tensors as they were given
 
 
-def signature(channel_dim: int, given: Inputs, tensors: list[Tensor]) -> Call | None:
+def signature(channel_dim: int, given: Inputs, tensors: list[Tensor]) -> Any:
     """All that decides whether a call is valid and how it is computed; None where something traces or watches it.
 
     Looking a call up by it takes a fraction of the time of validating it. It holds the backend that is asked for now:
@@ -91,29 +90,29 @@ def signature(channel_dim: int, given: Inputs, tensors: list[Tensor]) -> Call | 
     if not is_eager():
         return None
     try:
-        strides = [*map(Tensor.stride, tensors)]
-    except (RuntimeError, TypeError):  # sparse, nested, or no tensor in a weighting
+        kinds = described(tensors)
+    except (AttributeError, RuntimeError, TypeError):  # sparse, nested, or no tensor in a weighting
         return None
-    settings = backends.current_backend(), channel_dim, *map(len, given), torch.is_grad_enabled(), strides[0]
-    return settings, tensors
+    return backends.current_backend(), channel_dim, *map(len, given), torch.is_grad_enabled(), *kinds
 
 
-def recall(call: Call | None) -> Plan | None:
+def recall(call: Any) -> Plan | None:
     """The plan of an earlier call with this signature."""
-    return None if call is None else _plans.get(*call)
+    return _plans.get(call)
 
 
-def applies(call: Call, inputs: Inputs) -> bool:
+def applies(call: Any, inputs: Inputs) -> bool:
     """Whether the kernels can compute this: nothing but the student is trained."""
     teacher, tokens, _student, weighting = inputs
-    if not is_plain(call[1]) or teacher[0].is_meta:
+    if not is_plain(inputs.tensors()) or teacher[0].is_meta:
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in chain(teacher, tokens, *weighting)):
         return False
-    return backends.resolve(teacher[0].device, teacher[0].dtype, call[0][0]) != "reference"
+    images = teacher[0].shape[0]
+    return backends.resolve(teacher[0].device, teacher[0].dtype, call[0], images) != "reference"
 
 
-def prepare(call: Call, given: Inputs, computable: Inputs) -> tuple[Plan, Inputs]:
+def prepare(call: Any, given: Inputs, computable: Inputs) -> tuple[Plan, Inputs]:
     """The plan, and the inputs as it takes them; recalled by the signature where these are the given ones.
 
     Args:
@@ -123,7 +122,7 @@ def prepare(call: Call, given: Inputs, computable: Inputs) -> tuple[Plan, Inputs
     """
     teacher, tokens, student, weighting = computable
     dtype = compute_dtype(teacher[0].dtype)
-    backend = backends.resolve(teacher[0].device, dtype, call[0][0])
+    backend = backends.resolve(teacher[0].device, dtype, call[0], teacher[0].shape[0])
     weighting = [[layout.as_dense(w, dtype) for w in level] for level in weighting]
     levels = []
     if backend == "native":
@@ -143,7 +142,7 @@ def prepare(call: Call, given: Inputs, computable: Inputs) -> tuple[Plan, Inputs
     masks, share = (n, k, pixels), (len(teacher), n, k)
     plan = Plan(backend, dtype, masks, share, gradients, levels, object() if kept else None)
     if kept:
-        _plans.put(*call, plan)
+        _plans.put(call, plan)
     return plan, taken
 
 

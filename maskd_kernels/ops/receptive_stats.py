@@ -18,7 +18,7 @@ from torch import Tensor
 from maskd_kernels import backends, native, reference
 from maskd_kernels.ops import layout
 from maskd_kernels.ops.registration import Backward, Operator, full_precision
-from maskd_kernels.reference import TAPS, ReceptiveStats, compute_dtype
+from maskd_kernels.reference import TAPS, ReceptiveStats, compute_dtype, is_customized
 from maskd_kernels.triton.launch import made, recalled
 
 _NAME = "maskd_kernels::receptive_stats"
@@ -54,6 +54,9 @@ def receptive_stats(
 
     Returns:
         ``ReceptiveStats``; differentiable in every field but ``teacher_masks``.
+
+    Raises:
+        ValueError: ``customize`` without a student.
     """
     return ReceptiveStats(*_operator(teacher, tokens, student, customize, sums))
 
@@ -69,7 +72,7 @@ def _empty_stats(
     teacher: Sequence[Tensor],
     tokens: Sequence[Tensor],
     student: Sequence[Tensor],
-    customized: bool,
+    customize: Tensor | None,
     sums: bool,
     pooled: bool = False,
 ) -> ReceptiveStats:
@@ -84,7 +87,7 @@ def _empty_stats(
 
     return ReceptiveStats(
         masks=empty(n, k, pixels),
-        teacher_masks=empty(n, k, pixels, wanted=customized),
+        teacher_masks=empty(n, k, pixels, wanted=is_customized(customize, student)),
         distance=empty(n, pixels, wanted=len(student) > 0),
         mass=empty(levels, n, k),
         error=empty(levels, n, k, wanted=len(student) > 0),
@@ -96,7 +99,7 @@ def _empty_stats(
 def _fake(
     teacher: list[Tensor], tokens: list[Tensor], student: list[Tensor], customize: Tensor | None, sums: bool
 ) -> tuple[Tensor, ...]:
-    return tuple(_empty_stats(teacher, tokens, student, customize is not None, sums))
+    return tuple(_empty_stats(teacher, tokens, student, customize, sums))
 
 
 torch.library.register_fake(_NAME, _fake)
@@ -110,13 +113,13 @@ def forward(
     sums: bool,
 ) -> ReceptiveStats:
     """What ``receptive_stats`` returns, not differentiable."""
-    backend = backends.resolve(teacher[0].device, teacher[0].dtype)
+    backend = backends.resolve(teacher[0].device, teacher[0].dtype, images=teacher[0].shape[0])
     if backend == "reference":
         with full_precision(teacher[0]):
             return reference.receptive_stats(teacher, tokens, student, customize, sums)
     if backend == "triton":
         return ReceptiveStats(*triton_forward(teacher, tokens, student, customize, sums))
-    out = _empty_stats(teacher, tokens, student, customize is not None, sums, pooled=True)
+    out = _empty_stats(teacher, tokens, student, customize, sums, pooled=True)
     _native_forward(teacher, tokens, student, customize, out)
     return out
 
@@ -185,7 +188,7 @@ def _backward(
     grad: list[Tensor],  # likewise, upstream; empty where there is none
     needs: list[bool],  # teacher, tokens, student
 ) -> list[Tensor]:
-    backend = backends.resolve(teacher[0].device, teacher[0].dtype)
+    backend = backends.resolve(teacher[0].device, teacher[0].dtype, images=teacher[0].shape[0])
     upstream = [g.contiguous() if g.numel() else None for g in grad]
     if backend == "triton":
         return list(triton_backward(teacher, tokens, student, saved, upstream, needs))
@@ -236,7 +239,7 @@ def triton_forward(
     """What ``forward`` returns."""
     from maskd_kernels.triton import receptive_stats as kernels
 
-    out = made(_empty_stats(teacher, tokens, student, customize is not None, sums))
+    out = made(_empty_stats(teacher, tokens, student, customize, sums))
     kernels.forward(teacher, tokens, student, customize, out)
     return out
 

@@ -54,7 +54,7 @@ torch.library.register_fake(_NAME, _fake)
 
 
 def _forward(pred: list[Tensor], target: list[Tensor], scale: list[Tensor]) -> Tensor:
-    backend = backends.resolve(pred[0].device, pred[0].dtype)
+    backend = backends.resolve(pred[0].device, pred[0].dtype, images=pred[0].shape[0])
     if backend == "triton":
         computed: Tensor = _triton_forward(pred, target, scale)
         return computed
@@ -118,7 +118,7 @@ def _backward(
     grad: Tensor,  # [L, N]
     needs: list[bool],  # pred, target, scale
 ) -> list[Tensor]:
-    backend = backends.resolve(pred[0].device, pred[0].dtype)
+    backend = backends.resolve(pred[0].device, pred[0].dtype, images=pred[0].shape[0])
     grad = grad.contiguous()
     if backend == "triton":
         return list(_triton_backward(pred, target, scale, grad, needs))

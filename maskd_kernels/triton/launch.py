@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from maskd_kernels.alike import Recollection
+from maskd_kernels.alike import Recollection, described
 
 ALIGNMENT = 512  # bytes, of each piece of memory: PyTorch's on a GPU
 _USUAL = {Tensor, torch.nn.Parameter}
@@ -172,35 +172,33 @@ def recalled(launcher: Callable[..., Any]) -> Callable[..., Any]:
     it was given or has made, or a tuple of such. It must not look at what tensors hold, nor which are the same.
 
     Who knows a call already gives the recalled launcher the keywords ``tensors``, all of them in order, and ``known``,
-    something hashable that decides everything but their alignment and how those to be ``looked_at`` look.
+    something hashable that decides everything but their alignment.
     """
     calls: Recollection[_Call] = Recollection()
     _recalled.append(calls)
 
     @wraps(launcher)
-    def call(
-        *arguments: Any, tensors: Sequence[Tensor] = (), looked_at: Sequence[Tensor] = (), known: Any = None
-    ) -> Any:
+    def call(*arguments: Any, tensors: Sequence[Tensor] = (), known: Any = None) -> Any:
         if _notes.get() is not None:  # part of another launcher
             return launcher(*arguments)
         if known is None:
             rest: list[Any] = []
-            looked_at = tensors = _flatten(arguments, [], rest)
-            known = tensors[0].shape, *rest
+            tensors = _flatten(arguments, [], rest)
+            known = *described(tensors), *rest
         if is_elsewhere(tensors[0]):
             with torch.cuda.device(tensors[0].device):
-                return call(*arguments, tensors=tensors, looked_at=looked_at, known=known)
+                return call(*arguments, tensors=tensors, known=known)
         addresses = [*map(Tensor.data_ptr, tensors)]  # RuntimeError where there is no memory to stride over
         # Triton compiles for memory that begins on a multiple of 16 bytes, or not.
         odd = reduce(or_, addresses) & 15 and tuple([address & 15 > 0 for address in addresses])
         key: Any = known, odd
-        noted = calls.get(key, looked_at)
+        noted = calls.get(key)
         if noted is None:
             # Notes tell tensors apart by their ids: those of a call with one twice are for such calls alone.
             ids = [*map(id, tensors)]
             if len(set(ids)) < len(ids):
                 key = key, tuple(map(ids.index, ids))
-                noted = calls.get(key, looked_at)
+                noted = calls.get(key)
         if noted is not None:
             return noted.repeat([*tensors], addresses)
         notes = _Notes([], [], [])
@@ -211,7 +209,7 @@ def recalled(launcher: Callable[..., Any]) -> Callable[..., Any]:
             _notes.reset(before)
         noted = notes.call(tensors, result)
         if noted is not None:
-            calls.put(key, looked_at, noted)
+            calls.put(key, noted)
         return result
 
     return call
