@@ -19,7 +19,7 @@ def described(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """All about them but where they lie and what they hold.
 
     Raises:
-        RuntimeError: for a tensor without strides, sparse or nested.
+        RuntimeError: for a nested tensor, which has no shape.
     """
     return *map(_kind, tensors), *map(Tensor.stride, tensors), *map(Tensor.is_neg, tensors)
 

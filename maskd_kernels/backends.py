@@ -152,10 +152,10 @@ def resolve(device: torch.device, dtype: torch.dtype, asked: str | None = None, 
     Raises:
         BackendUnavailableError: when a forced backend cannot run, with the reason.
     """
-    return _resolved(asked or current_backend(), device, dtype, images)
+    return _resolved(asked or current_backend(), device, dtype, images if images > TRITON_IMAGES else 1)
 
 
-@functools.lru_cache(1024)  # every call pays for this
+@functools.cache  # every call pays for this
 def _resolved(asked: str, device: torch.device, dtype: torch.dtype, images: int) -> str:
     if asked != "auto":
         reason = why_unavailable(asked, device.type, dtype, images)

@@ -91,7 +91,7 @@ def signature(channel_dim: int, given: Inputs, tensors: list[Tensor]) -> Any:
         return None
     try:
         kinds = described(tensors)
-    except (AttributeError, RuntimeError, TypeError):  # sparse, nested, or no tensor in a weighting
+    except (AttributeError, RuntimeError, TypeError):  # nested, or no tensor in a weighting
         return None
     return backends.current_backend(), channel_dim, *map(len, given), torch.is_grad_enabled(), *kinds
 
