@@ -26,7 +26,7 @@ def forward_kernel(
         if is_wide(tl.program_id(0), levels, STEPS.WIDE.SPAN) != narrow:
             STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
             CHANNELS: tl.constexpr = STEP.CHANNELS
-            tile = blocks.tile_of(tl.program_id(0), levels, 0, STEP)
+            tile = blocks.tile_of(tl.program_id(0), tl.program_id(1), levels, 0, STEP)
             x, strength = blocks.source(maps, 0, tile, STEP), blocks.zeros(STEP.VECTOR, STEP)
             to = partials + partial_row(tl.program_id(0), tile.n, tile.level, levels) * row_size
             for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
@@ -48,11 +48,12 @@ def backward_kernel(
     grad_x,  # tuple: [N, C, P], laid out like x
     STEPS: tl.constexpr,
 ):
+    index, n = blocks.from_last()
     for narrow in tl.static_range(2):
-        if is_wide(tl.program_id(0), levels, STEPS.WIDE.SPAN) != narrow:
+        if is_wide(index, levels, STEPS.WIDE.SPAN) != narrow:
             STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
             CHANNELS: tl.constexpr = STEP.CHANNELS
-            tile = blocks.tile_of(tl.program_id(0), levels, 0, STEP)
+            tile = blocks.tile_of(index, n, levels, 0, STEP)
             strength = blocks.read_pixel(grad_attention, tile) * (1.0 / tile.end)
             x, to = blocks.source(maps, 0, tile, STEP), blocks.destination(grad_x, tile, STEP)
             means = blocks.of_channels(grad_mean, tile)

@@ -111,8 +111,8 @@ def pixels_of(VECTOR: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def tile_of(index, levels, first_channel, STEP: tl.constexpr):
-    """This tile of the grid, from this channel on."""
+def tile_of(index, n, levels, first_channel, STEP: tl.constexpr):
+    """This tile of the grid, of this image, from this channel on."""
     level = level_of(index, levels)
     channels, pixels = integer(levels.channels, level), integer(levels.pixels, level)
     end = channels
@@ -125,7 +125,13 @@ def tile_of(index, levels, first_channel, STEP: tl.constexpr):
     if STEP.NEXT_CHANNEL == 1:
         group *= STEP.CHANNELS
     channel, pixel = (first_channel + group)[None, :, None], pixels_of(STEP.VECTOR, STEP)[:, None, :]
-    return Tile(level, tl.program_id(1).to(tl.int64), first, channels, end, pixels, first_channel, channel, pixel)
+    return Tile(level, n.to(tl.int64), first, channels, end, pixels, first_channel, channel, pixel)
+
+
+@triton.jit
+def from_last():
+    """The tile and image of a program of a backward pass: the forward pass left the last ones in the cache."""
+    return tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
 
 
 @triton.jit

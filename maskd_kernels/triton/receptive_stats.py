@@ -228,15 +228,15 @@ def forward_kernel(
         for narrow in tl.static_range(2):
             if is_wide(index, levels, STEPS.WIDE.SPAN) != narrow:
                 STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
-                forward_tile(index, maps, levels, tokens, out, customize, places, CASE, STEP)
+                forward_tile(index, tl.program_id(1), maps, levels, tokens, out, customize, places, CASE, STEP)
     elif out.borders is not None:
         border(maps, levels, out.borders, places, index - tiles, STEPS.WIDE.LAYOUTS[0])
 
 
 @triton.jit
-def forward_tile(index, maps, levels, tokens, out, customize, places, CASE: tl.constexpr, STEP: tl.constexpr):
+def forward_tile(index, n, maps, levels, tokens, out, customize, places, CASE: tl.constexpr, STEP: tl.constexpr):
     K: tl.constexpr = CASE.K
-    tile = blocks.tile_of(index, levels, 0, STEP)
+    tile = blocks.tile_of(index, n, levels, 0, STEP)
     column, total_pixels = integer(places.pixel_offsets, tile.level) + tile.first, decode(places.total_pixels)
     partial = out.partials + common.partial_row(index, tile.n, tile.level, levels) * decode(places.row_size)
     if out.distance is not None:
@@ -458,12 +458,11 @@ def student_kernel(
     STEPS: tl.constexpr,
 ):
     """The student's gradient alone: channel by channel."""
-    # From the last tile on: the forward pass left it in the cache.
-    index = tl.num_programs(0) - 1 - tl.program_id(0)
+    index, n = blocks.from_last()
     for narrow in tl.static_range(2):
         if is_wide(index, levels, STEPS.WIDE.SPAN) != narrow:
             STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
-            tile = blocks.tile_of(index, levels, 0, STEP)
+            tile = blocks.tile_of(index, n, levels, 0, STEP)
             factor = pixel_factor(saved, grad, tile, places, CASE)
             t, s = blocks.source(maps, 0, tile, STEP), blocks.source(maps, 1, tile, STEP)
             to = blocks.destination(out.student, tile, STEP)
@@ -488,27 +487,26 @@ def backward_kernel(
     STEPS: tl.constexpr,
 ):
     """Gradients of the maps and the tokens."""
-    # From the last tile on: the forward pass left it in the cache.
-    index = tl.num_programs(0) - 1 - tl.program_id(0)
+    index, n = blocks.from_last()
     channels = integer(levels.channels, common.level_of(index, levels))
     some = tl.program_id(2) * (STEPS.WIDE.GROUPS * STEPS.WIDE.CHANNELS) < channels  # other levels may have more
     for narrow in tl.static_range(2):
         if some & (is_wide(index, levels, STEPS.WIDE.SPAN) != narrow):
             STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
             if not CASE.DOT:
-                backward_tile(index, maps, levels, tokens, grad, out, places, CASE, STEP)
+                backward_tile(index, n, maps, levels, tokens, grad, out, places, CASE, STEP)
             else:
-                backward_by_dot(index, maps, levels, tokens, grad, out, places, CASE, STEP)
+                backward_by_dot(index, n, maps, levels, tokens, grad, out, places, CASE, STEP)
 
 
 @triton.jit
-def backward_tile(index, maps, levels, tokens, grad, out, places, CASE: tl.constexpr, STEP: tl.constexpr):
+def backward_tile(index, n, maps, levels, tokens, grad, out, places, CASE: tl.constexpr, STEP: tl.constexpr):
     """For few tokens, pixel by pixel."""
     K: tl.constexpr = CASE.K
     OWN: tl.constexpr = STEP.CHANNELS
     PARTS: tl.constexpr = STEP.PARTS
     first_channel = tl.program_id(2) * (STEP.GROUPS * OWN)
-    tile, total_channels = blocks.tile_of(index, levels, first_channel, STEP), decode(places.total_channels)
+    tile, total_channels = blocks.tile_of(index, n, levels, first_channel, STEP), decode(places.total_channels)
     t, s = blocks.source(maps, 0, tile, STEP), blocks.source(maps, len(maps) - 1, tile, STEP)
     if out.teacher is not None:
         to_t = blocks.destination(out.teacher, tile, STEP)
@@ -593,10 +591,10 @@ def read_edges(edges, edge, total_channels, tile, STEP: tl.constexpr):
 
 
 @triton.jit
-def backward_by_dot(index, maps, levels, tokens, grad, out, places, CASE: tl.constexpr, STEP: tl.constexpr):
+def backward_by_dot(index, n, maps, levels, tokens, grad, out, places, CASE: tl.constexpr, STEP: tl.constexpr):
     """For many tokens, channel by channel."""
     K: tl.constexpr = CASE.K
-    tile = blocks.tile_of(index, levels, 0, STEP)
+    tile = blocks.tile_of(index, n, levels, 0, STEP)
     k, p = tl.arange(0, CASE.K_PAD), tl.arange(0, STEP.SPAN)
     t, s = blocks.source(maps, 0, tile, STEP), blocks.source(maps, len(maps) - 1, tile, STEP)
     if out.teacher is not None:

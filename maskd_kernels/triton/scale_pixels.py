@@ -24,7 +24,7 @@ def forward_kernel(
     for narrow in tl.static_range(2):
         if is_wide(tl.program_id(0), levels, STEPS.WIDE.SPAN) != narrow:
             STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
-            tile = blocks.tile_of(tl.program_id(0), levels, 0, STEP)
+            tile = blocks.tile_of(tl.program_id(0), tl.program_id(1), levels, 0, STEP)
             factor = blocks.read_pixel(scale, tile)
             x, y = blocks.source(maps, 0, tile, STEP), blocks.destination(out, tile, STEP)
             for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
@@ -44,10 +44,11 @@ def backward_kernel(
     grad_scale,  # tuple: [N, P]; None: not wanted
     STEPS: tl.constexpr,
 ):
+    index, n = blocks.from_last()
     for narrow in tl.static_range(2):
-        if is_wide(tl.program_id(0), levels, STEPS.WIDE.SPAN) != narrow:
+        if is_wide(index, levels, STEPS.WIDE.SPAN) != narrow:
             STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
-            tile = blocks.tile_of(tl.program_id(0), levels, 0, STEP)
+            tile = blocks.tile_of(index, n, levels, 0, STEP)
             factor, total = blocks.read_pixel(scale, tile), blocks.zeros(STEP.VECTOR, STEP)
             grad, x = blocks.source(maps, 0, tile, STEP), blocks.source(maps, 1, tile, STEP)
             if grad_x is not None:

@@ -25,7 +25,7 @@ def forward_kernel(
         if is_wide(tl.program_id(0), levels, STEPS.WIDE.SPAN) != narrow:
             STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
             CHANNELS: tl.constexpr = STEP.CHANNELS
-            tile = blocks.tile_of(tl.program_id(0), levels, 0, STEP)
+            tile = blocks.tile_of(tl.program_id(0), tl.program_id(1), levels, 0, STEP)
             total = blocks.zeros(STEP.VECTOR, STEP)
             if scale is not None:
                 factors = blocks.of_channels(scale, tile)
@@ -56,15 +56,15 @@ def backward_kernel(
     row_size,
     STEPS: tl.constexpr,
 ):
-    level = level_of(tl.program_id(0), levels)
+    index, n = blocks.from_last()
     first_channel = tl.program_id(2) * (STEPS.WIDE.GROUPS * STEPS.WIDE.CHANNELS)
-    some = first_channel < integer(levels.channels, level)  # other levels may have more
+    some = first_channel < integer(levels.channels, level_of(index, levels))  # other levels may have more
     for narrow in tl.static_range(2):
-        if some & (is_wide(tl.program_id(0), levels, STEPS.WIDE.SPAN) != narrow):
+        if some & (is_wide(index, levels, STEPS.WIDE.SPAN) != narrow):
             STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
             CHANNELS: tl.constexpr = STEP.CHANNELS
             SIZE: tl.constexpr = STEP.COLUMNS * STEP.VECTOR * STEP.PARTS
-            tile = blocks.tile_of(tl.program_id(0), levels, first_channel, STEP)
+            tile = blocks.tile_of(index, n, levels, first_channel, STEP)
             g = 2 * tl.load(grad + tile.level * tl.num_programs(1) + tile.n)
             target, pred = blocks.source(maps, 0, tile, STEP), blocks.source(maps, 1, tile, STEP)
             if grad_pred is not None:
@@ -93,7 +93,7 @@ def backward_kernel(
                     to_target = blocks.next_pixels(to_target)
                 target, pred = blocks.next_pixels(target), blocks.next_pixels(pred)
             if partials is not None:
-                to = partials + partial_row(tl.program_id(0), tile.n, tile.level, levels) * row_size
+                to = partials + partial_row(index, tile.n, tile.level, levels) * row_size
                 for j in tl.static_range(CHANNELS):
                     totals += (blocks.over_pixels(sums[j], STEP) * -g,)
                 blocks.write_channels(to, totals, tile, 0, STEP)
