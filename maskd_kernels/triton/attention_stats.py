@@ -36,7 +36,7 @@ def forward_kernel(
                     means += (blocks.over_pixels(value[j], STEP) * (1.0 / tile.pixels),)
                 blocks.write_channels(to, means, tile, start, STEP)
                 x, to = blocks.next_channels(x), to + STEP.GROUPS * STEP.CHANNELS
-            blocks.write_pixel(attention, strength * (1.0 / tile.end), tile, STEP)
+            blocks.write_pixels(attention, strength * (1.0 / tile.end), tile, STEP)
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def backward_kernel(
             STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
             CHANNELS: tl.constexpr = STEP.CHANNELS
             tile = blocks.tile_of(index, n, levels, 0, STEP)
-            strength = blocks.read_pixel(grad_attention, tile) * (1.0 / tile.end)
+            strength = blocks.read_pixels(grad_attention, tile) * (1.0 / tile.end)
             x, to = blocks.source(maps, 0, tile, STEP), blocks.destination(grad_x, tile, STEP)
             means = blocks.of_channels(grad_mean, tile)
             for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):

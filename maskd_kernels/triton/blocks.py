@@ -361,20 +361,6 @@ def of_channels(pointers, tile):
 
 
 @triton.jit
-def read_pixels(at, part: tl.constexpr, STEP: tl.constexpr):
-    """A part's pixels of what each pixel of whole tiles has four bytes of; ``at`` points to the step's first."""
-    at += part * (STEP.COLUMNS * STEP.VECTOR)
-    if STEP.VECTOR == 8 and not STEP.NARROW:
-        # Two loads of 128 bits, and lanes have the eight pixels that they have of half types.
-        at += tl.arange(0, STEP.COLUMNS)[:, None, None] * 8 + tl.arange(0, 4)[None, None, :]
-        both = tl.permute(tl.join(tl.load(at), tl.load(at + 4)), [0, 1, 3, 2])
-        value = tl.reshape(both, [both.shape[0], both.shape[1], 8])
-    else:
-        value = tl.load(at + pixels_of(STEP.VECTOR, STEP)[:, None, :])
-    return value
-
-
-@triton.jit
 def over_pixels(x, STEP: tl.constexpr):
     """Sums over pixels, as far as they are within a warp; ``write_channels`` adds up the rest."""
     x = tl.sum(x, 2)
@@ -400,24 +386,24 @@ def write_channels(at, sums, tile, channel, STEP: tl.constexpr):
 
 
 @triton.jit
-def over_groups(x, STEP: tl.constexpr):
+def over_groups(x):
     """Sums over channels, [COLUMNS, VECTOR]."""
     return tl.sum(x, 1)
 
 
 @triton.jit
-def read_pixel(pointers, tile):
+def read_pixels(pointers, tile):
     """What each lane's pixels have one float32 of: of a tuple of [N, P]."""
     at = pick(pointers, tile.level) + tile.n * tile.pixels + tile.first + tile.pixel
     return read(at, tile.first + tile.pixel < tile.pixels)
 
 
 @triton.jit
-def write_pixel(pointers, sums, tile, STEP: tl.constexpr):
+def write_pixels(pointers, sums, tile, STEP: tl.constexpr):
     """The reverse, of sums over each lane's channels."""
     pixel = tile.first + pixels_of(STEP.VECTOR, STEP)
     at = pick(pointers, tile.level) + tile.n * tile.pixels + pixel
-    tl.store(at, over_groups(sums, STEP), mask=pixel < tile.pixels)
+    tl.store(at, over_groups(sums), mask=pixel < tile.pixels)
 
 
 # ---- Launchers ---------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def matrix(block, STEP: tl.constexpr):
 
 
 @triton.jit
-def lanes(x, STEP: tl.constexpr):
+def lanes(x):
     """The reverse."""
     return (tl.expand_dims(tl.trans(x), 2),)
 
@@ -248,9 +248,9 @@ def forward_tile(index, n, maps, levels, tokens, out, customize, places, CASE: t
         for m in tl.static_range(len(sums) - 1):
             masks = out.masks if m + K >= len(sums) - 1 else out.teacher_masks
             to = masks + (tile.n * K + m % K) * total_pixels + column
-            tl.store(to + pixel, blocks.over_groups(sums[1 + m], STEP), mask=exists)
+            tl.store(to + pixel, blocks.over_groups(sums[1 + m]), mask=exists)
         if out.distance is not None:
-            tl.store(d_at + pixel, blocks.over_groups(sums[0], STEP), mask=exists)
+            tl.store(d_at + pixel, blocks.over_groups(sums[0]), mask=exists)
     else:
         d, logits, student_logits = walk_by_dot(maps, tokens, out, partial + CASE.SUMS_AT, tile, CASE, STEP)
         k, p = tl.arange(0, CASE.K_PAD), tl.arange(0, STEP.SPAN)
@@ -534,9 +534,9 @@ def backward_tile(index, n, maps, levels, tokens, grad, out, places, CASE: tl.co
         for part in tl.static_range(PARTS):
             slopes, new = (), ()
             for k in tl.static_range(K + len(maps) - 1):
-                slopes = slopes + (blocks.read_pixels(slopes_at + k * STEP.SPAN, part, STEP),)
+                slopes = slopes + (read_slopes(slopes_at + k * STEP.SPAN, part, STEP),)
             if grad.edges is not None:
-                edge = blocks.read_pixels(slopes_at + (K + 1) * STEP.SPAN, part, STEP).to(tl.int32, bitcast=True)
+                edge = read_slopes(slopes_at + (K + 1) * STEP.SPAN, part, STEP).to(tl.int32, bitcast=True)
                 of_edge = read_edges(edges, edge, total_channels, tile, STEP)
             for j in tl.static_range(OWN):
                 gradient = blocks.zeros(STEP.VECTOR, STEP)
@@ -569,6 +569,20 @@ def backward_tile(index, n, maps, levels, tokens, grad, out, places, CASE: tl.co
             for j in tl.static_range(OWN):
                 totals = totals + (blocks.over_pixels(sums[k * OWN + j], STEP),)
             blocks.write_channels(to + k * tile.channels, totals, tile, 0, STEP)
+
+
+@triton.jit
+def read_slopes(at, part: tl.constexpr, STEP: tl.constexpr):
+    """A part of a row of slopes_kernel's, as lanes lie; ``at`` points to the step's first."""
+    at += part * (STEP.COLUMNS * STEP.VECTOR)
+    if STEP.VECTOR == 8 and not STEP.NARROW:
+        # Two loads of 128 bits, and lanes have the eight pixels that they have of half types.
+        at += tl.arange(0, STEP.COLUMNS)[:, None, None] * 8 + tl.arange(0, 4)[None, None, :]
+        both = tl.permute(tl.join(tl.load(at), tl.load(at + 4)), [0, 1, 3, 2])
+        value = tl.reshape(both, [both.shape[0], both.shape[1], 8])
+    else:
+        value = tl.load(at + blocks.pixels_of(STEP.VECTOR, STEP)[:, None, :])
+    return value
 
 
 @triton.jit
@@ -619,7 +633,7 @@ def backward_by_dot(index, n, maps, levels, tokens, grad, out, places, CASE: tl.
             d = factor[None, :] * (matrix(blocks.read_block(s, tile, start, 0, STEP), STEP) - x)
             gradient -= d
             if out.student is not None:
-                blocks.write_block(to_s, lanes(d, STEP), tile, start, 0, STEP)
+                blocks.write_block(to_s, lanes(d), tile, start, 0, STEP)
                 to_s = blocks.next_channels(to_s)
         if out.tokens is not None:
             d_tokens = tl.dot(slopes, tl.trans(x), input_precision=PRECISION)  # [K_PAD, CHANNELS]
@@ -630,7 +644,7 @@ def backward_by_dot(index, n, maps, levels, tokens, grad, out, places, CASE: tl.
             gradient = tl.dot(e, slopes, gradient, input_precision=PRECISION)
             if grad.edges is not None:
                 gradient += read(edge_at + c[:, None], (c < tile.channels)[:, None])
-            blocks.write_block(to_t, lanes(gradient, STEP), tile, start, 0, STEP)
+            blocks.write_block(to_t, lanes(gradient), tile, start, 0, STEP)
             to_t = blocks.next_channels(to_t)
         t, s = blocks.next_channels(t), blocks.next_channels(s)
 

@@ -25,7 +25,7 @@ def forward_kernel(
         if is_wide(tl.program_id(0), levels, STEPS.WIDE.SPAN) != narrow:
             STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
             tile = blocks.tile_of(tl.program_id(0), tl.program_id(1), levels, 0, STEP)
-            factor = blocks.read_pixel(scale, tile)
+            factor = blocks.read_pixels(scale, tile)
             x, y = blocks.source(maps, 0, tile, STEP), blocks.destination(out, tile, STEP)
             for start in range(0, tile.end, STEP.GROUPS * STEP.CHANNELS):
                 value, scaled = blocks.read_block(x, tile, start, 0, STEP), ()
@@ -49,7 +49,7 @@ def backward_kernel(
         if is_wide(index, levels, STEPS.WIDE.SPAN) != narrow:
             STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
             tile = blocks.tile_of(index, n, levels, 0, STEP)
-            factor, total = blocks.read_pixel(scale, tile), blocks.zeros(STEP.VECTOR, STEP)
+            factor, total = blocks.read_pixels(scale, tile), blocks.zeros(STEP.VECTOR, STEP)
             grad, x = blocks.source(maps, 0, tile, STEP), blocks.source(maps, 1, tile, STEP)
             if grad_x is not None:
                 to = blocks.destination(grad_x, tile, STEP)
@@ -66,7 +66,7 @@ def backward_kernel(
                     to = blocks.next_channels(to)
                 grad, x = blocks.next_channels(grad), blocks.next_channels(x)
             if grad_scale is not None:
-                blocks.write_pixel(grad_scale, total, tile, STEP)
+                blocks.write_pixels(grad_scale, total, tile, STEP)
 
 
 # ---- Launchers ---------------------------------------------------------------------------------
