@@ -141,14 +141,14 @@ def reduce_kernel(
 ):
     """Sums over the tiles of each image where ``images`` is 1, of all images where it is their number, in order."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    n = tl.program_id(1)
+    n = tl.program_id(1).to(tl.int64)
     level = tl.program_id(2)
     tiles, width = integer(levels.tiles, level), integer(widths, level)
     row = tl.num_programs(1) * images * integer(levels.first_tile, level) + n * tiles
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, tiles * images, ROWS):
         r = start + tl.arange(0, ROWS)
-        at = (row + r[:, None]).to(tl.int64) * row_size + i[None, :]
+        at = (row + r[:, None]) * row_size + i[None, :]
         total += tl.load(partials + at, mask=(r < tiles * images)[:, None] & (i < width)[None, :], other=0.0)
     tl.store(pick(out, level) + n * width + i, tl.sum(total, 0), mask=i < width)
 

@@ -68,7 +68,9 @@ def weighting_kernel(
         known = (k < K)[:, None] & (c < size)[None, :]
         p = tl.load(projection + k[:, None] * size + c[None, :], mask=known, other=0.0)  # [K_PAD, BLOCK_C]
         read = (c < size)[:, None] & (j < 9 * size)[None, :]
-        w = tl.load(conv + c[:, None] * (9 * size) + j[None, :], mask=read, other=0.0)  # [BLOCK_C, BLOCK_J]
+        w = tl.load(
+            conv + c[:, None].to(tl.int64) * (9 * size) + j[None, :], mask=read, other=0.0
+        )  # [BLOCK_C, BLOCK_J]
         combined = tl.dot(p, w, combined, input_precision=PRECISION)
         constant += tl.sum(p * tl.load(bias + c, mask=c < size, other=0.0)[None, :], 1)
     constant += tl.load(pick(weighting.projection_bias, level) + k, mask=k < K, other=0.0)
@@ -80,7 +82,7 @@ def weighting_kernel(
         mean = tl.load(sums + at, mask=mask, other=0.0) / integer(pixels, level)  # [BLOCK_N, BLOCK_J]
         part = tl.dot(mean, tl.trans(combined), input_precision=PRECISION)  # [BLOCK_N, K_PAD]
         part += tl.where(block == 0, constant, 0.0)[None, :]
-        to = ((level * blocks + block) * images + n[:, None]) * K + k[None, :]
+        to = ((level.to(tl.int64) * blocks + block) * images + n[:, None]) * K + k[None, :]
         tl.store(logits + to, part, mask=(n < images)[:, None] & (k < K)[None, :])
 
 
@@ -100,7 +102,7 @@ def share_kernel(
     LEAST_MASS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    n = tl.program_id(0)
+    n = tl.program_id(0).to(tl.int64)
     level = tl.program_id(1)
     images = tl.num_programs(0)
     k = tl.arange(0, K_PAD)
@@ -109,7 +111,7 @@ def share_kernel(
         total = tl.zeros([ROWS, K_PAD], tl.float32)
         for start in range(0, blocks, ROWS):
             row = start + tl.arange(0, ROWS)
-            at = ((level * blocks + row[:, None]) * images + n) * K + k[None, :]
+            at = ((level.to(tl.int64) * blocks + row[:, None]) * images + n) * K + k[None, :]
             total += tl.load(logits + at, mask=(row < blocks)[:, None] & (k < K)[None, :], other=0.0)
         logit = tl.where(k < K, tl.sum(total, 0), float("-inf"))
         weight = tl.exp(logit - tl.max(logit, 0))

@@ -289,10 +289,10 @@ def reduce_stats_kernel(
 ):
     K: tl.constexpr = CASE.K
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    n = tl.program_id(1)
+    n = tl.program_id(1).to(tl.int64)
     level = tl.program_id(2)
     tiles, channels = integer(levels.tiles, level), integer(levels.channels, level)
-    row = (tl.num_programs(1) * integer(levels.first_tile, level) + n * tiles).to(tl.int64)
+    row = tl.num_programs(1) * integer(levels.first_tile, level) + n * tiles
     statistic = tl.program_id(0) * BLOCK < CASE.SUMS_AT
     written = i < tl.where(statistic, 2 * K + K * K, CASE.SUMS_AT + channels)  # the rest is padding
     if out.error is None:
