@@ -21,12 +21,12 @@ from triton.runtime import interpreter
 from maskd_kernels.reference import ReceptiveStats
 from maskd_kernels.triton import (
     attention_stats,
+    blocks,
     common,
     maskd_loss,
     receptive_stats,
     scale_pixels,
     squared_error,
-    streams,
 )
 from maskd_kernels.triton.common import Levels, encode
 from maskd_kernels.triton.launch import forget
@@ -79,10 +79,10 @@ def reduce_stats(alone, images, tokens, channels, column):
         sparse(1, images, tokens, tokens),
         sparse(images, 9, channels),
     )
-    case = Case(tokens, tokens, True, False, channels > 0, False, False, sums_at)
+    case = Case(tokens, tokens, False, sums_at)
     places = Places(encode([0]), encode([0]), encode([0]), *encode([1, channels, row_size]))
     grid = -(-row_size // 64), images, 1
-    borders, index = sparse(images, 8, channels), (column // 64, images - 1, 0)
+    borders, index = sparse(images, 8, channels) if channels else None, (column // 64, images - 1, 0)
     alone(
         receptive_stats.reduce_stats_kernel,
         grid,
@@ -211,16 +211,20 @@ SHAPES = {"images": (65535, 515, 8, 8), "pixels": (2, 520, 1440, 1440), "ragged"
 
 @pytest.fixture
 def far_ends(alone, monkeypatch):
-    """Launches of each grid the last program, of the last image, and one further up, before those of borders."""
+    """Launches of each grid the last program, of the last image, and one further up, before those of borders.
+
+    And the first one, of the first image, which takes the last tile of the last image where walks begin there.
+    """
     launched = set()
 
     def launch(kernel, grid, *arguments, **named):
         launched.add(kernel.fn.__name__)
         x, *rest = (*grid, 1, 1)[:3]
-        for index in sorted({max(x - 41, 0), x - 1}):
-            alone(kernel, (x, *rest), (index, *[size - 1 for size in rest]), *arguments, **named)
+        last = [size - 1 for size in rest]
+        for index in {(0, 0, last[-1]), (max(x - 41, 0), *last), (x - 1, *last)}:
+            alone(kernel, (x, *rest), index, *arguments, **named)
 
-    for module in (common, receptive_stats, streams):
+    for module in (blocks, common, receptive_stats):
         monkeypatch.setattr(module, "launch", launch)
     torch.utils.deterministic.fill_uninitialized_memory = False  # which would touch all of it
     yield launched

@@ -68,9 +68,8 @@ def weighting_kernel(
         known = (k < K)[:, None] & (c < size)[None, :]
         p = tl.load(projection + k[:, None] * size + c[None, :], mask=known, other=0.0)  # [K_PAD, BLOCK_C]
         read = (c < size)[:, None] & (j < 9 * size)[None, :]
-        w = tl.load(
-            conv + c[:, None].to(tl.int64) * (9 * size) + j[None, :], mask=read, other=0.0
-        )  # [BLOCK_C, BLOCK_J]
+        at = c[:, None].to(tl.int64) * (9 * size) + j[None, :]
+        w = tl.load(conv + at, mask=read, other=0.0)  # [BLOCK_C, BLOCK_J]
         combined = tl.dot(p, w, combined, input_precision=PRECISION)
         constant += tl.sum(p * tl.load(bias + c, mask=c < size, other=0.0)[None, :], 1)
     constant += tl.load(pick(weighting.projection_bias, level) + k, mask=k < K, other=0.0)
