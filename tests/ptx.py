@@ -249,7 +249,8 @@ def execute(source, grid, threads, signature, arguments, shared_bytes, architect
         raise PtxError(f"a block of {threads} threads, of a kernel for {program.threads}, at most {THREADS}")
     if shared_bytes > SHARED_BYTES[architecture]:
         raise PtxError(f"{shared_bytes} bytes of shared memory, at most {SHARED_BYTES[architecture]}")
-    values = [*flatten(signature, arguments), ("scratch", None), ("scratch", None)]
+    values = [*flatten(signature, arguments)]
+    values += [("scratch", None)] * min(len(program.parameters) - len(values), 2)  # Triton 3.4 has one of these
     values = [(k, tensor_at(x, tensors) if k[0] == "*" and isinstance(x, int) else x) for k, x in values]
     memory = GlobalMemory([x for _, x in values if isinstance(x, torch.Tensor)], program.word_of("global"))
     parameters = {}

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from helpers import assert_close, check_stats, features
-from ptx import PtxError, execution, parse
+from ptx import PtxError, execute, execution, parse
 from ptx_steps import make_step
 from triton import knobs
 
@@ -245,6 +245,30 @@ def test_kernel():
     out, total, expected = distance()
     assert torch.equal(out, expected)
     torch.testing.assert_close(total, torch.stack([expected[:512].square().sum(), expected[512:].square().sum()]))
+
+
+def test_addresses_of_parameters():
+    """Triton 3.9 chooses one of them, and reads it then."""
+    parameters = ",\n".join(f".param .u64 kernel_param_{i}" for i in range(5))
+    source = f"""
+.visible .entry kernel({parameters}
+) .reqntid 32
+{{
+    .reg .pred %p<2>; .reg .b32 %r<7>; .reg .b64 %rd<6>;
+    mov.u32 %r1, %ctaid.x; setp.eq.b32 %p1, %r1, 1;
+    mov.b32 %r2, kernel_param_0; mov.b32 %r3, kernel_param_1; selp.b32 %r4, %r3, %r2, %p1;
+    ld.param.b64 %rd1, [%r4]; ld.param.b64 %rd2, [kernel_param_2];
+    mov.u32 %r5, %tid.x; mad.lo.s32 %r6, %r1, 32, %r5;
+    mul.wide.s32 %rd3, %r5, 4; add.s64 %rd4, %rd1, %rd3; ld.global.b32 %r5, [%rd4];
+    mul.wide.s32 %rd3, %r6, 4; add.s64 %rd5, %rd2, %rd3; st.global.b32 [%rd5], %r5;
+    ret;
+}}"""
+    x, y, out = torch.randn(32), torch.randn(32), torch.full((64,), torch.nan)
+    execute(source, (2, 1, 1), 32, ["*fp32"] * 3, (x, y, out), 0)
+    assert torch.equal(out, torch.cat([x, y]))
+    for wrong in ("[%r4 + 64]", "[%r4 + 4]", "[%r4 + -8]"):
+        with pytest.raises(PtxError, match=r"parameter address .* is outside"):
+            execute(source.replace("[%r4]", wrong), (2, 1, 1), 32, ["*fp32"] * 3, (x, y, out), 0)
 
 
 def test_blocks_go_different_ways():

@@ -11,6 +11,7 @@ import numpy as np
 from ptx_arithmetic import COMPARISONS, DTYPES, comparison, find, from_bfloat16
 from ptx_memory import SHARED_BASE, WARP, PtxError
 
+PARAMETER_BYTES = 8  # from the address of a parameter to the next one's; the first is not at 0
 POISON = 0xFF  # every byte of a register that was not set: NaN
 
 
@@ -100,6 +101,9 @@ def reader(operand, kind, program):
     if re.fullmatch(r"%(tid|ctaid|nctaid|ntid)\.[xyz]|%laneid", operand):
         return special(operand)
     if operand[0] != "%":
+        names = [name for name, _ in program.parameters]
+        if operand in names:  # its address
+            operand = str(PARAMETER_BYTES * (1 + names.index(operand)))
         value = literal(operand, kind)
         return lambda batch: value
     size = canonical(width_of(operand, program)).itemsize
@@ -224,11 +228,23 @@ def create_policy(instruction, program):
 @step(r"ld\.param\.([busf](?:8|16|32|64))")
 def load_parameter(instruction, program, kind):
     target, source = instruction.operands
+    if instruction.guard:
+        raise PtxError(f"instruction not covered: {instruction.text}")
     write, dtype = writer(target, kind, program), np.dtype(DTYPES[kind])
+    address, names = address_reader(source, "param", program), [name for name, _ in program.parameters]
 
     def run(batch):
-        raw = batch.launch.parameters[source.base]
-        write(batch, np.frombuffer(raw, dtype, 1, source.offset).reshape(1, 1))
+        at = address(batch)
+        place, start = at // PARAMETER_BYTES - 1, at % PARAMETER_BYTES
+        raw = [batch.launch.parameters[name] for name in names]
+        sizes = np.array([*map(len, raw), 0])
+        outside = start + dtype.itemsize > sizes[np.minimum(place, len(names))]
+        if outside.any():
+            raise PtxError(f"parameter address {at[outside][0]} is outside")
+        table = b"".join(x.ljust(PARAMETER_BYTES, b"\0") for x in raw)
+        table = np.frombuffer(table, np.uint8).reshape(-1, PARAMETER_BYTES)
+        taken = table[place[..., None], start[..., None] + np.arange(dtype.itemsize)]
+        write(batch, np.ascontiguousarray(taken).view(dtype)[..., 0])
 
     return run
 
