@@ -822,7 +822,7 @@ def backward(
                 places,
                 CASE=case,
                 grid=run.grid(channels=not case.DOT),
-                maxnreg=None,
+                maxnreg=255,
             )
         if partials is not None:
             widths = [k * c for c in levels.channels]
