@@ -30,7 +30,10 @@ class Recollection(Generic[Found]):
     def __init__(self) -> None:
         self._found: dict[Hashable, Found] = {}
         self._changing = threading.Lock()
-        self.get = self._found.get
+
+    def get(self, key: Hashable) -> Found | None:
+        """What was put in; None where nothing was."""
+        return self._found.get(key)
 
     def put(self, key: Hashable, found: Found) -> None:
         """Remembers it."""

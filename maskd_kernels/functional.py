@@ -30,9 +30,11 @@ from maskd_kernels.validation import (
     as_list,
     as_weighting,
     channels_first,
+    check_channel_dim,
     check_customize,
     check_eps,
     check_scale,
+    kind_of,
     level_name,
     match_count,
     match_features,
@@ -223,7 +225,8 @@ def maskd_loss(
     """
     t, s = as_list(teacher, "teacher"), as_list(student, "student")
     e, w = as_list(tokens, "tokens"), as_weighting(weighting)
-    check_eps(eps)
+    eps = check_eps(eps)
+    check_channel_dim(channel_dim)
     check_customize(customize, t[0])
     inputs = loss_op.Inputs(t, e, s, w)
     tensors = inputs.tensors()
@@ -302,7 +305,7 @@ def masked_mse(
         match_count(w, "weights", t, "teacher")
         for i, (weight, x) in enumerate(zip(w, t, strict=True)):
             check_scale(weight, level_name("weights", i, len(t)), [x.shape[0], k], x)
-    check_eps(eps)
+    eps = check_eps(eps)
     with full_precision(t[0]):
         distance = _stats(t, [], s).distance.split([math.prod(x.shape[2:]) for x in t], -1)  # L x [N, P]
         flat = [mask.flatten(2).to(distance[0].dtype) for mask in m]  # L x [N, K, P]
@@ -368,6 +371,8 @@ def masked_features(
         >>> import torch, maskd_kernels
         >>> seen, dice = maskd_kernels.masked_features(torch.randn(2, 16, 8, 8), torch.randn(6, 16))
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {kind_of(x)}")
     t, e = as_features(x, "x", channel_dim), as_levels(tokens, "tokens")
     w = as_weighting(weighting)
     match_tokens(e, t)
@@ -400,6 +405,8 @@ def mask_weights(teacher: Tensor, weighting: MaskWeighting) -> Tensor:
         TypeError: integer features or something that is no dense tensor.
     """
     t = as_features(teacher, "teacher", 1)
+    if not isinstance(weighting, MaskWeighting):
+        raise TypeError(f"weighting: expected MaskWeighting, got {kind_of(weighting)}")
     match_weighting([weighting], t, weighting.projection_weight.shape[0])
-    with full_precision(teacher):
+    with full_precision(t[0]):
         return weights_from_sums(_stats(t, [], [], sums=True).sums, t, [weighting])[0]

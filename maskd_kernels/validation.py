@@ -99,10 +99,17 @@ def check_channels(channels: int | Sequence[int], name: str) -> list[int]:
     return [check_count(c, level_name(name, i, len(channels))) for i, c in enumerate(channels)]
 
 
-def check_eps(eps: float) -> None:
+def check_eps(eps: float) -> float:
     """A number that may be added to a mask's mass. Every call pays for this."""
-    if type(eps) is not float or not 0 <= eps < math.inf:
-        check_number(eps, "eps", "a number from 0 on", lambda value: value >= 0)
+    if type(eps) is float and 0 <= eps < math.inf:
+        return eps
+    return check_number(eps, "eps", "a number from 0 on", lambda value: value >= 0)
+
+
+def check_channel_dim(channel_dim: int) -> None:
+    """Where the channels are. Every call pays for this."""
+    if type(channel_dim) is not int or channel_dim not in (1, -1):
+        raise ValueError(f"channel_dim: expected 1 ([N, C, *spatial]) or -1 ([N, *spatial, C]), got {channel_dim!r}")
 
 
 def check_customize(customize: bool | Tensor, features: Tensor) -> None:
@@ -127,8 +134,7 @@ def level_name(name: str, level: int, count: int) -> str:
 def as_features(x: Levels, name: str, channel_dim: int) -> list[Tensor]:
     """The levels as ``[N, C, *spatial]`` views."""
     levels = as_levels(x, name)
-    if channel_dim not in (1, -1):
-        raise ValueError(f"channel_dim: expected 1 ([N, C, *spatial]) or -1 ([N, *spatial, C]), got {channel_dim!r}")
+    check_channel_dim(channel_dim)
     expected = "[N, C, *spatial]" if channel_dim == 1 else "[N, *spatial, C]"
     for i, level in enumerate(levels):
         label = level_name(name, i, len(levels))

@@ -98,7 +98,7 @@ def signature(channel_dim: int, given: Inputs, tensors: list[Tensor]) -> Any:
 
 def recall(call: Any) -> Plan | None:
     """The plan of an earlier call with this signature."""
-    return _plans.get(call)
+    return None if call is None else _plans.get(call)
 
 
 def applies(call: Any, inputs: Inputs) -> bool:
@@ -259,7 +259,8 @@ class _FrozenLoss(torch.autograd.Function):
             teacher, tokens, student = (tensors[i * ctx.count : (i + 1) * ctx.count] for i in range(3))
             if ctx.plan.backend == "triton" and not through and is_plain([grad]):
                 # Not known by the plan: hooks on saved tensors may give them back in other strides.
-                return None, *_triton_backward(teacher, tokens, student, masks, share * grad)
+                grad_error = (share * grad).contiguous()
+                return None, *_triton_backward(teacher, tokens, student, masks.contiguous(), grad_error)
             none = masks.new_empty(0)
             saved = [masks, none, none, none, none, none, none]
             upstream = [none, none, none, none, share * grad, none, none]

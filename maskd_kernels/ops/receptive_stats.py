@@ -189,7 +189,8 @@ def _backward(
     needs: list[bool],  # teacher, tokens, student
 ) -> list[Tensor]:
     backend = backends.resolve(teacher[0].device, teacher[0].dtype, images=teacher[0].shape[0])
-    upstream = [g.contiguous() if g.numel() else None for g in grad]
+    # Hooks on saved tensors may give them back in other strides.
+    saved, upstream = [x.contiguous() for x in saved], [g.contiguous() if g.numel() else None for g in grad]
     if backend == "triton":
         return list(triton_backward(teacher, tokens, student, saved, upstream, needs))
     results = empty_gradients(teacher, tokens, student, needs, pooled=backend == "native")

@@ -88,6 +88,7 @@ torch.library.register_fake(_BACKWARD_NAME, _backward_fake)
 
 def _backward(x: list[Tensor], scale: list[Tensor], grad: list[Tensor], needs: list[bool]) -> list[Tensor]:
     backend = backends.resolve(x[0].device, x[0].dtype, images=x[0].shape[0])
+    scale = [factor.contiguous() for factor in scale]  # hooks on saved tensors may change their strides
     if backend == "triton":
         return list(_triton_backward(x, scale, grad, needs))
     grad_x, grad_scale = results = _empty_gradients(x, scale, needs, pooled=backend == "native")

@@ -55,6 +55,7 @@ torch.library.register_fake(_NAME, _fake)
 
 def _forward(pred: list[Tensor], target: list[Tensor], scale: list[Tensor]) -> Tensor:
     backend = backends.resolve(pred[0].device, pred[0].dtype, images=pred[0].shape[0])
+    scale = [factor.contiguous() for factor in scale]
     if backend == "triton":
         computed: Tensor = _triton_forward(pred, target, scale)
         return computed
@@ -119,7 +120,7 @@ def _backward(
     needs: list[bool],  # pred, target, scale
 ) -> list[Tensor]:
     backend = backends.resolve(pred[0].device, pred[0].dtype, images=pred[0].shape[0])
-    grad = grad.contiguous()
+    scale, grad = [factor.contiguous() for factor in scale], grad.contiguous()
     if backend == "triton":
         return list(_triton_backward(pred, target, scale, grad, needs))
     results = _empty_gradients(pred, target, scale, needs, pooled=backend == "native")

@@ -70,7 +70,7 @@ def backward_kernel(
 def signed(magnitude, value):
     """sign(value) * magnitude, in three instructions."""
     flipped = magnitude.to(tl.int32, bitcast=True) ^ (value.to(tl.int32, bitcast=True) & -2147483648)
-    return tl.where(value == 0, 0.0, flipped.to(tl.float32, bitcast=True))
+    return tl.where(tl.abs(value) > 0, flipped.to(tl.float32, bitcast=True), 0.0)
 
 
 # ---- Launchers ---------------------------------------------------------------------------------
