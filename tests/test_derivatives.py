@@ -296,3 +296,52 @@ def test_the_backward_uses_the_backend_of_its_forward(call, backend, monkeypatch
     assert not errors
     assert used
     assert set(used) == {backend}
+
+
+def in_other_strides(x):
+    """The same values, the first axis the last in memory."""
+    return x.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+def trained():
+    return [torch.randn(shape, device=DEVICE).requires_grad_() for shape in SHAPES]
+
+
+def three_tokens():
+    return [torch.randn(3, shape[1], device=DEVICE) for shape in SHAPES]
+
+
+def everything_trained():
+    s, t, tokens = trained(), trained(), [e.requires_grad_() for e in three_tokens()]
+    return lambda: mk.maskd_loss(s, t, tokens, customize=True), [*s, *t, *tokens]
+
+
+def student_trained():
+    s, t, tokens = trained(), [x.detach() for x in trained()], three_tokens()
+    return lambda: mk.maskd_loss(s, t, tokens), s
+
+
+def pixels_scaled():
+    x = trained()
+    scale = [torch.randn(level.shape[0], *level.shape[2:], device=DEVICE).requires_grad_() for level in x]
+    return lambda: sum(y.square().sum() for y in mk.scale_pixels(x, scale)), [*x, *scale]
+
+
+def channels_scaled():
+    x, y = trained(), trained()
+    scale = [torch.randn(level.shape[:2], device=DEVICE).requires_grad_() for level in x]
+    return lambda: mk.squared_error(x, y, channel_scale=scale).sum(), [*x, *y, *scale]
+
+
+@pytest.mark.parametrize("make", [everything_trained, student_trained, pixels_scaled, channels_scaled])
+def test_saved_tensors_may_come_back_in_other_strides(backend, make):
+    """As hooks please: kernels that took them for dense would be silently wrong."""
+    run, inputs = make()
+    with use_backend("reference"):
+        expected = torch.autograd.grad(run(), inputs)
+    with use_backend(backend):
+        with torch.autograd.graph.saved_tensors_hooks(in_other_strides, lambda x: x):
+            result = run()
+        gradients = torch.autograd.grad(result * 1.0, inputs)
+    for i, (x, y) in enumerate(zip(gradients, expected, strict=True)):
+        assert_close(x, y, 1e-5, f"gradient {i}")

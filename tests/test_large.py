@@ -231,7 +231,7 @@ def far_ends(alone, monkeypatch):
     forget()
 
 
-@pytest.fixture(params=["planar", "interleaved"])
+@pytest.fixture
 def large(request):
     """Makes maps."""
 
@@ -245,9 +245,19 @@ def large(request):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens", [2, 9])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(
+    ("large", "shape", "tokens"),
+    [
+        ("planar", "images", 9),
+        ("interleaved", "images", 2),
+        ("planar", "pixels", 2),
+        ("interleaved", "pixels", 9),
+        ("planar", "ragged", 2),
+    ],
+    indirect=["large"],
+)
 def test_statistics(far_ends, large, shape, tokens):
+    shape = SHAPES[shape]
     (n, c), p = shape[:2], shape[2] * shape[3]
     maps, embeddings = [[large(shape)] for _ in range(4)], [sparse(tokens, c)]
     stats = ReceptiveStats(
@@ -272,8 +282,13 @@ def test_statistics(far_ends, large, shape, tokens):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(
+    ("large", "shape"),
+    [("planar", "pixels"), ("interleaved", "images"), ("interleaved", "pixels"), ("planar", "ragged")],
+    indirect=["large"],
+)
 def test_streams(far_ends, large, shape):
+    shape = SHAPES[shape]
     (n, c), spatial = shape[:2], shape[2:]
     maps = [[large(shape)] for _ in range(4)]
     per_pixel, per_channel, per_image = [sparse(n, *spatial)], [sparse(n, c)], sparse(1, n)

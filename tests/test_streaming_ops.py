@@ -360,3 +360,17 @@ def test_whoever_watches_sees_the_operator(operator):
     assert f"maskd_kernels.{name}_backward.default" in seen
     for a, b in zip((*plain, *gradients), (*watched, *watched_gradients), strict=True):
         assert torch.equal(a, b)
+
+
+def test_attention_where_there_is_no_number(backend):
+    """The sign of a NaN is 0, as PyTorch has it."""
+    x = torch.tensor([1.0, float("nan"), -2.0, 0.0], device=DEVICE).reshape(1, 1, 2, 2).requires_grad_()
+    attention, _ = attention_stats([x])
+    (gradient,) = torch.autograd.grad(attention, x, [torch.full_like(attention[0], 3.0)])
+    assert gradient.flatten().tolist() == [3.0, 0.0, -3.0, 0.0]
+
+
+def test_channel_scale_of_other_strides(backend):
+    x, y = (torch.randn(2, 5, 3, 4, device=DEVICE) for _ in range(2))
+    scale = torch.randn(5, 2, device=DEVICE).T
+    assert_close(squared_error([x], [y], [scale]), squared_error([x], [y], [scale.contiguous()]), 1e-6, "error")

@@ -1,6 +1,7 @@
 """Bad input: an error that names the argument, what was expected and what came."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -46,9 +47,28 @@ def test_eps(call, eps, error):
         call(eps=eps)
 
 
-@pytest.mark.parametrize("eps", [0, 1, np.float32(0.5), np.int64(2)])
-def test_eps_may_be_any_number(eps):
+@pytest.mark.parametrize("eps", [0, 1, np.float32(0.5), np.int64(2), Fraction(1, 3), 10**30])
+def test_eps_may_be_any_number(backend, eps):
     assert loss(eps=eps).isfinite()
+
+
+@pytest.mark.parametrize("call", [loss, mse])
+@pytest.mark.parametrize("channel_dim", [0, 2, 1.0, True, None, [1], torch.tensor(1)])
+def test_channel_dim(call, channel_dim):
+    call(channel_dim=1)  # what the second call recalls
+    with pytest.raises(ValueError, match=r"^channel_dim: expected 1 .* or -1 .*, got "):
+        call(channel_dim=channel_dim)
+
+
+@pytest.mark.parametrize("weighting", [None, tuple(MaskModule(5, 3).weighting), 1])
+def test_weighting_of_mask_weights(weighting):
+    with pytest.raises(TypeError, match=r"^weighting: expected MaskWeighting, got "):
+        maskd_kernels.mask_weights(maps(), weighting)
+
+
+def test_masked_features_are_of_one_map():
+    with pytest.raises(TypeError, match=r"^x: expected a tensor, got a list of Tensor"):
+        maskd_kernels.masked_features([maps()], tokens())
 
 
 @pytest.mark.parametrize(

@@ -593,7 +593,8 @@ def read_edges(edges, edge, total_channels, tile, STEP: tl.constexpr):
     if STEP.INTERLEAVED and not STEP.NARROW:  # as the map lies, so that nothing moves
         c = (tile.first_channel + tl.arange(0, STEP.GROUPS * CHANNELS))[None, :]
         at = edges + tl.reshape(edge, [STEP.COLUMNS, 1]) * total_channels + c
-        result = blocks.entries(blocks.widened(at, c < tile.channels, STEP))
+        valid = tl.full(c.shape, 1, tl.int1) if STEP.EVEN else c < tile.channels
+        result = blocks.entries(blocks.widened(at, valid, STEP))
     else:
         pixels, found, result = blocks.entries(edge), (), ()
         for i in tl.static_range(VECTOR):
@@ -822,7 +823,7 @@ def backward(
                 places,
                 CASE=case,
                 grid=run.grid(channels=not case.DOT),
-                maxnreg=255,
+                maxnreg=None,
             )
         if partials is not None:
             widths = [k * c for c in levels.channels]
