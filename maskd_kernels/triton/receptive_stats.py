@@ -823,7 +823,7 @@ def backward(
                 places,
                 CASE=case,
                 grid=run.grid(channels=not case.DOT),
-                maxnreg=None,
+                maxnreg=255 if run.step.CHANNELS == 8 else None,  # else the assembler spills some bytes there
             )
         if partials is not None:
             widths = [k * c for c in levels.channels]
