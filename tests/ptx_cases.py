@@ -49,10 +49,7 @@ MAPS = {
 LAYOUTS = ["contiguous", "channels_last"]
 # In these LLVM contracts a product into the first addition of a sum over the warp: its lanes then hold that sum with
 # unlike last bits, and store it into one word. One of them stays; the result is as near, but which is not written down.
-UNLIKE = {
-    *("maskd_loss.weighting_kernel", "scale_pixels.backward_kernel", "receptive_stats.forward_kernel"),
-    "attention_stats.forward_kernel",
-}
+UNLIKE = {"maskd_loss.weighting_kernel", "scale_pixels.backward_kernel", "receptive_stats.forward_kernel"}
 DTYPES = {"fp32": FLOAT32, "bf16": BFLOAT16}
 
 

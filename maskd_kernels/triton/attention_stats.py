@@ -36,7 +36,7 @@ def forward_kernel(
                     means += (blocks.over_pixels(value[j], STEP) * (1.0 / tile.pixels),)
                 blocks.write_channels(to, means, tile, start, STEP)
                 x, to = blocks.next_channels(x), to + STEP.GROUPS * STEP.CHANNELS
-            blocks.write_pixels(attention, strength * (1.0 / tile.end), tile, STEP)
+            blocks.write_pixels(attention, strength, 1.0 / tile.end, tile, STEP)
 
 
 @triton.jit

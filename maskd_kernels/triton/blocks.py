@@ -399,11 +399,11 @@ def read_pixels(pointers, tile):
 
 
 @triton.jit
-def write_pixels(pointers, sums, tile, STEP: tl.constexpr):
-    """The reverse, of sums over each lane's channels."""
+def write_pixels(pointers, sums, weight, tile, STEP: tl.constexpr):
+    """The reverse, of sums over each lane's channels, all of them times ``weight``."""
     pixel = tile.first + pixels_of(STEP.VECTOR, STEP)
     at = pick(pointers, tile.level) + tile.n * tile.pixels + pixel
-    tl.store(at, over_groups(sums), mask=pixel < tile.pixels)
+    tl.store(at, over_groups(sums) * weight, mask=pixel < tile.pixels)
 
 
 # ---- Launchers ---------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def backward_kernel(
                     to = blocks.next_channels(to)
                 grad, x = blocks.next_channels(grad), blocks.next_channels(x)
             if grad_scale is not None:
-                blocks.write_pixels(grad_scale, total, tile, STEP)
+                blocks.write_pixels(grad_scale, total, 1.0, tile, STEP)
 
 
 # ---- Launchers ---------------------------------------------------------------------------------
