@@ -96,7 +96,7 @@ def test_what_the_host_worked_out_is_recalled(compiled):
 
     The loss took 1083 of them, and the others 900 to 1100, when each call worked everything out anew.
     """
-    most = {"loss": 152, "scale": 168, "error": 155, "attention": 211}
+    most = {"loss": 158, "scale": 168, "error": 158, "attention": 211}  # of torch 2.8 and 2.11
     assert compiled["calls"].keys() == most.keys()
     assert all(compiled["calls"][name] <= count for name, count in most.items()), compiled["calls"]
 
