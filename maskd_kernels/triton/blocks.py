@@ -129,6 +129,13 @@ def tile_of(index, n, levels, first_channel, STEP: tl.constexpr):
 
 
 @triton.jit
+def channels_from(index, levels, STEPS: tl.constexpr):
+    """The first channel of a program that walks pixels, and whether this tile has it: other levels may have more."""
+    first = tl.program_id(2) * (STEPS.WIDE.GROUPS * STEPS.WIDE.CHANNELS)
+    return first, first < integer(levels.channels, level_of(index, levels))
+
+
+@triton.jit
 def from_last():
     """The tile and image of a program of a backward pass: the forward pass left the last ones in the cache."""
     return tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)

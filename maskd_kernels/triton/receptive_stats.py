@@ -488,24 +488,24 @@ def backward_kernel(
 ):
     """Gradients of the maps and the tokens."""
     index, n = blocks.from_last()
-    channels = integer(levels.channels, common.level_of(index, levels))
-    some = tl.program_id(2) * (STEPS.WIDE.GROUPS * STEPS.WIDE.CHANNELS) < channels  # other levels may have more
+    first_channel, some = blocks.channels_from(index, levels, STEPS)
     for narrow in tl.static_range(2):
         if some & (is_wide(index, levels, STEPS.WIDE.SPAN) != narrow):
             STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
             if not CASE.DOT:
-                backward_tile(index, n, maps, levels, tokens, grad, out, places, CASE, STEP)
+                backward_tile(index, n, first_channel, maps, levels, tokens, grad, out, places, CASE, STEP)
             else:
                 backward_by_dot(index, n, maps, levels, tokens, grad, out, places, CASE, STEP)
 
 
 @triton.jit
-def backward_tile(index, n, maps, levels, tokens, grad, out, places, CASE: tl.constexpr, STEP: tl.constexpr):
+def backward_tile(
+    index, n, first_channel, maps, levels, tokens, grad, out, places, CASE: tl.constexpr, STEP: tl.constexpr
+):
     """For few tokens, pixel by pixel."""
     K: tl.constexpr = CASE.K
     OWN: tl.constexpr = STEP.CHANNELS
     PARTS: tl.constexpr = STEP.PARTS
-    first_channel = tl.program_id(2) * (STEP.GROUPS * OWN)
     tile, total_channels = blocks.tile_of(index, n, levels, first_channel, STEP), decode(places.total_channels)
     t, s = blocks.source(maps, 0, tile, STEP), blocks.source(maps, len(maps) - 1, tile, STEP)
     if out.teacher is not None:

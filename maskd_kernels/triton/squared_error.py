@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maskd_kernels.triton import blocks
-from maskd_kernels.triton.common import integer, is_wide, level_of, of_run, partial_row, reduce_tiles
+from maskd_kernels.triton.common import is_wide, of_run, partial_row, reduce_tiles
 from maskd_kernels.triton.launch import recalled, unbind
 
 
@@ -57,8 +57,7 @@ def backward_kernel(
     STEPS: tl.constexpr,
 ):
     index, n = blocks.from_last()
-    first_channel = tl.program_id(2) * (STEPS.WIDE.GROUPS * STEPS.WIDE.CHANNELS)
-    some = first_channel < integer(levels.channels, level_of(index, levels))  # other levels may have more
+    first_channel, some = blocks.channels_from(index, levels, STEPS)
     for narrow in tl.static_range(2):
         if some & (is_wide(index, levels, STEPS.WIDE.SPAN) != narrow):
             STEP: tl.constexpr = STEPS.NARROW if narrow else STEPS.WIDE
